@@ -1,0 +1,266 @@
+"""TDM: trajectory distribution matching (arXiv 2503.06674), the distillation below TDM-R1.
+
+One iteration: roll the generator out along its deterministic few-step trajectory; train the fake score on re-noised
+points of it (Eq. 1); move every point of the trajectory along s_psi - s_fake (Eq. 2). `TDM.fit_generator` takes the
+reward's part of the direction as an argument: that is all that TDM-R1 adds to it.
+
+Departures from the paper: the loss acts on the clean prediction of the step (as in the authors' code for PixArt),
+with DMD's normaliser; no Huber loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from .. import flow, losses, solvers
+from ..backbones import Conditioning, guided
+from ..roles import Role, Roles
+
+
+class SamplerConfig(BaseModel):
+    """The few-step sampler, in training and afterwards."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    steps: int = Field(4, ge=1, description="Forward evaluations an image, K. Published.")
+    shift: float = Field(3.0, gt=0, description="Shift of the grid towards noise. Ours: SD3's own.")
+    solver: solvers.Solver = Field("euler", description="euler, dpm (Flow-DPM-Solver, published) or stochastic.")
+
+
+class OptimizerConfig(BaseModel):
+    """AdamW of one role."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    learning_rate: float = Field(1e-4, gt=0)
+    betas: tuple[float, float] = Field((0.0, 0.95), description="From a neighbour (TDM, PixArt).")
+    weight_decay: float = Field(0.0, ge=0, description="Ours.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Ours.")
+    warmup_steps: int = Field(10, ge=1, description="Linear warm-up. Ours.")
+
+
+class TDMConfig(BaseModel):
+    """Settings of TDM. Those of the mini recipes are measured in docs/log.md."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    generator: OptimizerConfig = OptimizerConfig(learning_rate=2e-4)
+    fake: OptimizerConfig = OptimizerConfig(learning_rate=4e-4)
+    fake_steps: int = Field(1, ge=1, description="Fake-score updates per generator update. Ours.")
+    teacher_guidance: float = Field(3.0, ge=1, description="Guidance scale of the teacher, 1 for none. Ours.")
+    generator_ema_decay: float = Field(0.98, ge=0, lt=1, description="Of the weights that are exported. Ours.")
+    noise_range: Literal["to_noise", "interval"] = Field(
+        "to_noise", description="t drawn in [t_k, 1) or in [t_k, t_{k+1}). A neighbour (TDM) has both."
+    )
+    normalizer_floor: float = Field(0.05, gt=0, description="Least value of DMD's normaliser. Ours.")
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Trajectories of B samples and the prompts that they were made for."""
+
+    trajectory: solvers.Trajectory
+    conditioning: Conditioning
+
+    def __len__(self) -> int:
+        return len(self.conditioning)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Points of a rollout, re-noised: x_t ~ q(x_t | x_{t_k}) with s = t_k. ``index`` i has grid[i] = t_{k+1}."""
+
+    index: Tensor  # [B] in 0..K-1: the step whose result is x_s
+    s: Tensor  # [B]
+    t: Tensor  # [B]
+    x_s: Tensor  # [B, C, H, W]
+    x_t: Tensor
+    eps: Tensor
+
+
+RewardPart = Callable[[Tensor, Tensor, Conditioning], Tensor]
+"""``(x_t, t, conditioning) -> [B, C, H, W]``: the reward's part of the generator's direction."""
+
+TIME_MAX = 0.99  # t is drawn below it: at t = 1 every point of a trajectory is the same noise
+
+
+class TDM:
+    """The roles' optimizers and one method for each line of the algorithm."""
+
+    def __init__(
+        self, roles: Roles, empty: Conditioning, sampler: SamplerConfig, config: TDMConfig, *, micro_batch: int
+    ) -> None:
+        self.roles = roles
+        self.empty = empty
+        self.sampler = sampler
+        self.config = config
+        self.micro_batch = micro_batch
+        self.optimizers = {
+            Role.GENERATOR: Optimizer(roles.parameters(Role.GENERATOR), config.generator),
+            Role.FAKE: Optimizer(roles.parameters(Role.FAKE), config.fake),
+        }
+
+    def step(self, conditioning: Conditioning, x_1: Tensor, noise: torch.Generator) -> dict[str, float]:
+        """One iteration of TDM: the whole algorithm."""
+        rollout = self.roll_out(conditioning, x_1, noise)
+        metrics: dict[str, float] = {}
+        for _ in range(self.config.fake_steps):
+            metrics |= self.fit_fake(rollout, noise)
+        return metrics | self.fit_generator(rollout, noise)
+
+    @torch.no_grad()  # the trajectory is data; only one step of it is re-run with gradient (fit_generator)
+    def roll_out(
+        self, conditioning: Conditioning, x_1: Tensor, noise: torch.Generator, role: Role = Role.GENERATOR
+    ) -> Rollout:
+        """Samples from noise ``x_1`` [B, C, H, W], keeping every x_{t_k}."""
+        return Rollout(few_step_sample(self.roles, role, conditioning, x_1, self.sampler, noise), conditioning)
+
+    def fit_fake(self, rollout: Rollout, noise: torch.Generator) -> dict[str, float]:
+        """Eq. 1: the fake score learns to denoise the generator's own samples, at all K steps."""
+        draw = self.draw(rollout, noise)
+        total = 0.0
+        with self.roles.use(Role.FAKE) as velocity:
+            for rows in self.micro_batches(len(rollout)):
+                v = velocity(draw.x_t[rows], draw.t[rows], rollout.conditioning.rows(rows))
+                loss = losses.denoising(v, draw.x_t[rows], draw.eps[rows], draw.s[rows], draw.t[rows])
+                (loss.sum() / len(rollout)).backward()
+                total += float(loss.detach().sum()) / len(rollout)
+        return {"fake/loss": total, "fake/grad_norm": self.optimizers[Role.FAKE].step()}
+
+    def fit_generator(
+        self, rollout: Rollout, noise: torch.Generator, reward_part: RewardPart | None = None
+    ) -> dict[str, float]:
+        """Eq. 2 and 10: moves one step of every trajectory along the distribution-level KL, and the reward's part."""
+        trajectory, n = rollout.trajectory, len(rollout)
+        index = torch.randint(trajectory.steps, (n,), generator=noise)
+        t = self._times(trajectory, index, noise)
+        eps, eps_step = (torch.randn(trajectory.final.shape, generator=noise) for _ in range(2))
+        kl_size, reward_size, alignment, scale = 0.0, 0.0, 0.0, 0.0
+        for rows in self.micro_batches(n):
+            i, c, here = index[rows], rollout.conditioning.rows(rows), trajectory_rows(trajectory, rows)
+            last = (i - 1).clamp_min(0)
+            t_now, t_next, x_now = here.time(i), here.time(i + 1), here.at(i)
+            with self.roles.use(Role.GENERATOR) as velocity:  # only the step k+1 -> k, from the stored x_{t_{k+1}}
+                x0 = flow.x0_from_v(velocity(x_now, t_now, c), x_now, t_now)
+                with torch.no_grad():  # the direction of Eq. 2 and 11 is a stop-gradient
+                    x_next = solvers.solver_step(
+                        self.sampler.solver,
+                        x0,
+                        here.clean_at(last),
+                        x_now,
+                        here.time(last),
+                        t_now,
+                        t_next,
+                        eps_step[rows],
+                    )
+                    x_t = flow.renoise(x_next, eps[rows], t_next, t[rows])
+                    kl, x0_teacher = self._matching_direction(x_t, t[rows], c)
+                    reward = reward_part(x_t, t[rows], c) if reward_part else torch.zeros_like(kl)
+                    norm = losses.magnitude(x0, x0_teacher, floor=self.config.normalizer_floor)
+                    direction = (kl + reward) / flow.expand(norm, kl)
+                (losses.follow(x0, direction).sum() / n).backward()
+            share = len(rows) / n
+            kl_size += share * float((kl.abs().flatten(1).mean(1) / norm).mean())
+            reward_size += share * float((reward.abs().flatten(1).mean(1) / norm).mean())
+            alignment += share * float(nn.functional.cosine_similarity(kl.flatten(1), reward.flatten(1)).mean())
+            scale += share * float(norm.mean())
+        metrics = {
+            "generator/kl_part": kl_size,
+            "generator/normalizer": scale,
+            "generator/grad_norm": self.optimizers[Role.GENERATOR].step(),
+        }
+        if reward_part:
+            metrics |= {"generator/reward_part": reward_size, "generator/kl_reward_cosine": alignment}
+        self.roles.average(Role.GENERATOR_EMA, Role.GENERATOR, self.config.generator_ema_decay)
+        return metrics
+
+    def _matching_direction(self, x_t: Tensor, t: Tensor, c: Conditioning) -> tuple[Tensor, Tensor]:
+        """Eq. 2's direction at (x_t, t), the teacher with its guidance; and the teacher's clean prediction."""
+        with self.roles.use(Role.TEACHER) as velocity:
+            teacher = guided(velocity, self.empty, self.config.teacher_guidance)
+            x0_teacher = flow.x0_from_v(teacher(x_t, t, c), x_t, t)
+        with self.roles.use(Role.FAKE) as velocity:
+            x0_fake = flow.x0_from_v(velocity(x_t, t, c), x_t, t)
+        return losses.distribution_matching(x0_fake, x0_teacher), x0_teacher
+
+    # -------------------------------------------------------------------------------------- drawing
+
+    def draw(self, rollout: Rollout, noise: torch.Generator, *, group_size: int = 1) -> Draw:
+        """Draws k, t >= t_k and noise for every sample, shared inside consecutive groups of ``group_size``."""
+        n_groups = len(rollout) // group_size
+        trajectory = rollout.trajectory
+        index = torch.randint(trajectory.steps, (n_groups,), generator=noise)
+        eps = torch.randn((n_groups, *trajectory.final.shape[1:]), generator=noise)
+        t = self._times(trajectory, index, noise)
+        index, t, eps = (a.repeat_interleave(group_size, 0) for a in (index, t, eps))
+        s, x_s = trajectory.time(index + 1), trajectory.at(index + 1)
+        return Draw(index, s, t, x_s, flow.renoise(x_s, eps, s, t), eps)
+
+    def _times(self, trajectory: solvers.Trajectory, index: Tensor, noise: torch.Generator) -> Tensor:
+        """t >= t_k of each sample, where grid[index + 1] = t_k; kept off t_k itself and off 1."""
+        low = trajectory.time(index + 1)
+        high = trajectory.time(index) if self.config.noise_range == "interval" else torch.ones_like(low)
+        high = high.clamp_max(TIME_MAX)
+        return flow.uniform(len(index), low + 0.02 * (high - low), high, generator=noise)
+
+    def micro_batches(self, n: int) -> Iterator[Tensor]:
+        """Row indices of at most ``micro_batch`` samples at a time."""
+        yield from torch.arange(n).split(self.micro_batch)
+
+    def state(self) -> dict:
+        return {str(role): optimizer.state() for role, optimizer in self.optimizers.items()}
+
+    def load_state(self, state: dict) -> None:
+        for role, optimizer in self.optimizers.items():
+            optimizer.load_state(state[str(role)])
+
+
+def few_step_sample(
+    roles: Roles, role: Role, c: Conditioning, x_1: Tensor, sampler: SamplerConfig, noise: torch.Generator | None
+) -> solvers.Trajectory:
+    """The few-step trajectory of ``role``, without gradients where the caller says so."""
+    grid = flow.few_step_grid(sampler.steps, sampler.shift)
+    with roles.use(role) as velocity:
+        return solvers.sample(lambda x, t: velocity(x, t, c), x_1, grid, solver=sampler.solver, noise=noise)
+
+
+def trajectory_rows(trajectory: solvers.Trajectory, rows: Tensor) -> solvers.Trajectory:
+    """The trajectories of the samples in ``rows``."""
+    return solvers.Trajectory(
+        trajectory.grid, [x[rows] for x in trajectory.points], [x[rows] for x in trajectory.clean]
+    )
+
+
+class Optimizer:
+    """AdamW with warm-up and clipping for one role; `step` returns the gradient's norm before clipping."""
+
+    def __init__(self, parameters: list[nn.Parameter], config: OptimizerConfig) -> None:
+        self.config = config
+        self.parameters = parameters
+        self.steps = 0
+        self.adamw = torch.optim.AdamW(
+            parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
+        )
+
+    def step(self) -> float:
+        norm = float(nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm))
+        self.steps += 1
+        for group in self.adamw.param_groups:
+            group["lr"] = self.config.learning_rate * min(self.steps / self.config.warmup_steps, 1.0)
+        if torch.isfinite(torch.tensor(norm)):
+            self.adamw.step()
+        self.adamw.zero_grad(set_to_none=True)
+        return norm
+
+    def state(self) -> dict:
+        return {"adamw": self.adamw.state_dict(), "steps": self.steps}
+
+    def load_state(self, state: dict) -> None:
+        self.adamw.load_state_dict(state["adamw"])
+        self.steps = state["steps"]

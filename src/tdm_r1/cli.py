@@ -1,0 +1,250 @@
+"""The command line: ``tdm-r1 train | distill | sample | eval | mini``.
+
+Heavy imports stand inside the commands, so that help and errors come at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import tyro
+
+from .errors import UserError
+from .recipes import recipe_names
+
+if TYPE_CHECKING:
+    from .config import RunConfig
+
+Positional = tyro.conf.Positional
+
+
+@dataclass
+class Sample:
+    """Samples pictures with the few-step sampler."""
+
+    prompt: str
+    """What to draw; several prompts are separated by |."""
+    model: str = "mini"
+    """'mini', a hub id or a pipeline folder."""
+    lora: str | None = None
+    """A LoRA folder, such as runs/mini/lora; with the mini model the default is its bundled 4-step student."""
+    images: int = 4
+    """Pictures a prompt."""
+    steps: int = 4
+    """Forward evaluations a picture."""
+    shift: float = 3.0
+    """Shift of the time grid."""
+    seed: int = 0
+    """Of the noise."""
+    max_sequence_length: int = 256
+    """T5 tokens; the mini model knows its own."""
+    out: Path = Path("sample.png")
+    """A PNG: one picture, or a grid of several."""
+
+
+@dataclass
+class Eval:
+    """Evaluates LoRAs on a recipe's task: its prompts, its reward, its held-out metrics."""
+
+    recipe: Positional[str]
+    """A recipe's name, a YAML file or a run's folder."""
+    lora: tuple[str, ...] = ()
+    """LoRA folders to evaluate; 'mini' is the bundled 4-step student."""
+    base_steps: int = 20
+    """Euler steps of the guided many-step base, which is evaluated first; 0 leaves it out."""
+    guidance: tuple[float, ...] = (3.0,)
+    """Guidance scales of the base."""
+    prompts: int = 150
+    images_per_prompt: int = 4
+
+
+@dataclass
+class Demo:
+    """Reinforces the bundled 4-step mini model on this machine and shows base, before and after."""
+
+    recipe: str = "mini"
+    """Which recipe; mini_full takes longer and goes further."""
+    seed: int = 0
+    """Seed of the run; results depend on it and on the processor's rounding."""
+    output: Path = Path("runs")
+    """Where runs go."""
+
+
+@dataclass
+class Study:
+    """Runs a recipe over seeds and files the figures in docs/results/mini.json and mini.md."""
+
+    recipe: Positional[str] = "mini"
+    seeds: tuple[int, ...] = (0, 1, 2)
+    label: str | None = None
+    """Name in the results; 'demo' for the recipe mini, else the recipe's own."""
+    out: Path = Path("docs/results/mini.json")
+    output: Path = Path("runs")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The entry point. Errors that a user can mend are one line on stderr and exit code 2."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    _quiet_libraries()
+    try:
+        return _dispatch(args)
+    except (UserError, ValueError) as error:
+        print(f"tdm-r1: {_one_line(error)}", file=sys.stderr)
+        return 2
+
+
+def _one_line(error: Exception) -> str:
+    from pydantic import ValidationError
+
+    if isinstance(error, ValidationError):
+        from .config import describe
+
+        return describe(error)
+    return " ".join(str(error).split())
+
+
+def _quiet_libraries() -> None:
+    """Keeps diffusers' and transformers' loading bars and advice off a terminal that shows our own progress.
+
+    They read these variables when they are imported, which is before anybody could call them.
+    """
+    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def _dispatch(args: list[str]) -> int:
+    command = args[0] if args else "--help"
+    if command == "mini":
+        name = f"mini {args[1] if len(args) > 1 else '--help'}"
+        rest = args[2:]
+    else:
+        name, rest = command, args[1:]
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "train": _train,
+        "distill": _distill,
+        "sample": _sample,
+        "eval": _eval,
+        "mini demo": _demo,
+        "mini study": _study,
+        "mini pretrain": _pretrain,
+        "mini path": _path,
+    }
+    if name in commands:
+        return commands[name](rest)
+    text = _usage()
+    if command in ("-h", "--help") or name == "mini --help" or name == "mini -h":
+        print(text)
+        return 0
+    raise UserError(f"unknown command {name!r}: known are {', '.join(commands)}")
+
+
+def _usage() -> str:
+    return f"""usage: tdm-r1 COMMAND [--help]
+
+  train RECIPE     reinforce (or distil) a few-step model; settings by dotted name: --iterations 50
+  distill RECIPE   TDM distillation of a many-step model to few steps
+  sample           pictures from a model and a LoRA
+  eval RECIPE      reward and held-out metrics of LoRAs and of the many-step base
+  mini demo        the main job on the bundled mini model, with a before/after table and picture
+  mini study       the same over seeds, filed in docs/results
+  mini pretrain    make the mini base model from a seed
+  mini path        print the folder of the bundled model
+
+recipes: {", ".join(recipe_names())}; or a YAML file; or a run's folder (with --resume)"""
+
+
+def _train(args: list[str], *, prog: str = "train") -> int:
+    if not args or args[0] in ("-h", "--help"):
+        print(f"usage: tdm-r1 {prog} RECIPE [--help] [overrides]\n\nrecipes: {', '.join(recipe_names())}")
+        return 0 if args else 2
+    from .config import TrainCommand, dump, load_recipe
+
+    recipe = load_recipe(args[0])
+    command = tyro.cli(TrainCommand, default=TrainCommand(recipe), args=args[1:], prog=f"tdm-r1 {prog} {args[0]}")
+    if prog == "distill" and command.config.algorithm != "tdm":
+        raise UserError(f"algorithm = {command.config.algorithm!r}: distill wants a recipe of tdm; use `tdm-r1 train`")
+    if command.dry_run:
+        print(dump(command.config), end="")
+        return 0
+    from .trainer import Run
+
+    Run(command.config).fit(resume=command.resume)
+    return 0
+
+
+def _distill(args: list[str]) -> int:
+    return _train(args, prog="distill")
+
+
+def _sample(args: list[str]) -> int:
+    from .sampling import sample_command
+
+    sample_command(tyro.cli(Sample, args=args, prog="tdm-r1 sample"))
+    return 0
+
+
+def _eval(args: list[str]) -> int:
+    from .sampling import eval_command
+
+    eval_command(tyro.cli(Eval, args=args, prog="tdm-r1 eval"))
+    return 0
+
+
+def _demo(args: list[str]) -> int:
+    command = tyro.cli(Demo, args=args, prog="tdm-r1 mini demo")
+    from rich.console import Console
+
+    from .mini.report import reinforce
+
+    reinforce(_seeded(command.recipe, command.seed, command.output, "demo"), Console())
+    return 0
+
+
+def _study(args: list[str]) -> int:
+    command = tyro.cli(Study, args=args, prog="tdm-r1 mini study")
+    from rich.console import Console
+
+    from .mini.report import study
+
+    configs = [_seeded(command.recipe, seed, command.output, "study") for seed in command.seeds]
+    label = command.label or ("demo" if command.recipe == "mini" else command.recipe)
+    study(label, configs, command.out, Console())
+    return 0
+
+
+def _seeded(recipe: str, seed: int, output: Path, purpose: str) -> RunConfig:
+    """The recipe with its seed, in a fresh folder."""
+    from .config import load_recipe
+
+    config = load_recipe(recipe)
+    name = f"{purpose}_{recipe}_seed{seed}"
+    number = 2
+    while (output / name).exists():
+        name = f"{purpose}_{recipe}_seed{seed}_{number}"
+        number += 1
+    return config.model_copy(update={"seed": seed, "output": output, "name": name})
+
+
+def _pretrain(args: list[str]) -> int:
+    from .mini.build import MiniConfig, build
+
+    out = build(tyro.cli(MiniConfig, args=args, prog="tdm-r1 mini pretrain"))
+    print(f"Wrote {out}")
+    return 0
+
+
+def _path(args: list[str]) -> int:
+    from .mini.bundle import bundle_path
+
+    print(bundle_path())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""The configuration of a run: a pydantic schema, YAML recipes, dotted overrides. Unknown keys fail.
+
+Each component's settings stand beside the component; this file composes them and checks what concerns several.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .algorithms.tdm import SamplerConfig, TDMConfig
+from .algorithms.tdm_r1 import BalanceConfig, SurrogateConfig
+from .errors import UserError
+from .recipes import recipe_names, recipe_text
+
+LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+
+
+class LoraSettings(BaseModel):
+    """The adapters that carry the roles."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rank: int = Field(32, ge=1, description="Published.")
+    alpha: int = Field(64, ge=1, description="Published (the official Z-Image LoRA).")
+    targets: tuple[str, ...] = Field(LORA_TARGETS, description="Modules by the end of their names.")
+
+
+class ModelConfig(BaseModel):
+    """Which weights play."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: str = Field(
+        "mini", description="'mini', a hub id or a folder with a diffusers pipeline: student and teacher."
+    )
+    teacher: str | None = Field(None, description="Another pipeline as teacher, if the student's base differs.")
+    student_lora: str | None = Field(None, description="A LoRA folder that the generator starts from (TDM).")
+    fake_lora: str | None = Field(None, description="A LoRA folder that the fake score starts from; else the teacher.")
+    max_sequence_length: int = Field(256, ge=1, le=512, description="T5 tokens; the mini model wants 1.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Of the frozen backbone.")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+    roles: Literal["lora", "full"] = Field("lora", description="Adapters on one backbone, or a copy for each role.")
+    lora: LoraSettings = LoraSettings()
+
+
+class TaskConfig(BaseModel):
+    """Where prompts come from."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: Literal["mini", "prompts"] = Field("mini", description="The mini world, or a file of prompts.")
+    prompts: Path | None = Field(None, description="A .txt (one a line) or .jsonl (prompt + metadata) file.")
+    weights: dict[str, float] | None = Field(
+        None, description="Share of each of the mini world's families; else equal."
+    )
+
+
+class BatchConfig(BaseModel):
+    """One iteration's samples."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    prompts: int = Field(8, ge=1, description="Prompts (groups) an iteration. Ours.")
+    group: int = Field(16, ge=1, description="Samples a prompt, G. Published: 24.")
+    micro_batch: int = Field(128, ge=1, description="Samples that go through the network at once; changes no result.")
+
+
+class EvalConfig(BaseModel):
+    """Evaluation during a run, always on the same prompts and noise."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    every: int = Field(50, ge=0, description="Iterations between evaluations, 0 for the start and the end alone.")
+    prompts: int = Field(150, ge=1)
+    images_per_prompt: int = Field(4, ge=1, description="GenEval's 4.")
+    seed: int = Field(1234, description="Of the evaluation's noise; training never uses it.")
+    grid_prompts: int = Field(12, ge=0, description="Pictures in the sample grid.")
+
+
+class RunConfig(BaseModel):
+    """A whole run."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    algorithm: Literal["tdm_r1", "tdm"] = "tdm_r1"
+    name: str = Field("run", description="The run's folder inside `output`.")
+    output: Path = Path("runs")
+    seed: int = 0
+    iterations: int = Field(100, ge=1)
+    save_every: int = Field(25, ge=1, description="Iterations between checkpoints.")
+    reward: str = Field("mini", description="A name, or your own function as my_rewards.py:function.")
+    model: ModelConfig = ModelConfig()
+    task: TaskConfig = TaskConfig()
+    batch: BatchConfig = BatchConfig()
+    sampler: SamplerConfig = SamplerConfig()
+    tdm: TDMConfig = TDMConfig()
+    surrogate: SurrogateConfig = SurrogateConfig()
+    balance: BalanceConfig = BalanceConfig()
+    evaluation: EvalConfig = EvalConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        if self.algorithm == "tdm_r1":
+            if self.batch.group < 2:
+                raise ValueError(f"batch.group = {self.batch.group}: TDM-R1 compares samples of a prompt, give >= 2")
+            if self.surrogate.holdout_groups >= self.batch.prompts:
+                raise ValueError(
+                    f"surrogate.holdout_groups = {self.surrogate.holdout_groups} leaves none of batch.prompts = "
+                    f"{self.batch.prompts} groups to learn from: raise batch.prompts or lower holdout_groups"
+                )
+        if (self.task.name == "prompts") != (self.task.prompts is not None):
+            raise ValueError(
+                f"task.name = {self.task.name!r} with task.prompts = {self.task.prompts}: a file of prompts goes with "
+                "task.name = prompts, and only with it"
+            )
+        return self
+
+
+@dataclass
+class TrainCommand:
+    """Trains a recipe. Every setting can be overridden by its dotted name, such as --surrogate.draws 2."""
+
+    config: Annotated[RunConfig, tyro.conf.arg(name="")]
+    dry_run: bool = False
+    """Print the resolved configuration and stop."""
+    resume: bool = False
+    """Go on from the run's last checkpoint."""
+
+
+def load_recipe(name: str) -> RunConfig:
+    """A recipe by name, by path, or a run's own configuration by its folder. Raises UserError naming the field, the value and the fix."""
+    path = Path(name)
+    if name in recipe_names():
+        text = recipe_text(name)
+    elif (path / "config.yaml").is_file():
+        text = (path / "config.yaml").read_text()
+    elif path.suffix in (".yaml", ".yml") and path.is_file():
+        text = path.read_text()
+    else:
+        raise UserError(
+            f"recipe {name!r} is neither a run's folder, nor a YAML file, nor one of: {', '.join(recipe_names())}"
+        )
+    try:
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"recipe {name!r} is not valid YAML: {' '.join(str(error).split())}") from error
+    return validate(values)
+
+
+def validate(values: Any) -> RunConfig:
+    """A RunConfig from plain values. Raises UserError in one line."""
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise UserError(describe(error)) from error
+
+
+def describe(error: ValidationError) -> str:
+    """One line for the first of pydantic's complaints: field, value, fix."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"unknown setting {where} = {first['input']!r}: see `tdm-r1 train RECIPE --help` for the known ones"
+    if first["type"] == "value_error" and not where:
+        return first["msg"].removeprefix("Value error, ")
+    return f"{where} = {first['input']!r}: {first['msg'].removeprefix('Value error, ')}"
+
+
+def dump(config: BaseModel) -> str:
+    """A configuration as YAML that `load_recipe` reads back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

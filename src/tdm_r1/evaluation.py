@@ -1,0 +1,128 @@
+"""Evaluation: the same prompts and the same noise every time, for few-step and many-step samplers alike."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import flow, solvers
+from .backbones import Backbone, Conditioning, guided
+from .randomness import torch_rng
+from .rewards import Reward, score
+from .roles import Role, Roles
+from .solvers import Solver
+from .tasks import Prompt, Task
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a role is sampled. ``guidance`` 1 means none."""
+
+    role: Role
+    steps: int
+    shift: float
+    solver: Solver = "euler"
+    guidance: float = 1.0
+
+    @property
+    def network_evaluations(self) -> int:
+        """Forward passes of the network an image (NFE)."""
+        return self.steps * (1 if self.guidance == 1 else 2)
+
+
+@dataclass
+class Embedder:
+    """Text embeddings, computed once per distinct prompt."""
+
+    backbone: Backbone
+    cache: dict[str, Conditioning] = field(default_factory=dict)
+
+    def __call__(self, prompts: Sequence[str]) -> Conditioning:
+        missing = [p for p in dict.fromkeys(prompts) if p not in self.cache]
+        for start in range(0, len(missing), 64):
+            chunk = missing[start : start + 64]
+            encoded = self.backbone.encode(chunk)
+            self.cache |= {p: encoded.rows(torch.tensor([i])) for i, p in enumerate(chunk)}
+        found = [self.cache[p] for p in prompts]
+        return Conditioning(torch.cat([c.embeds for c in found]), torch.cat([c.pooled for c in found]))
+
+
+@torch.no_grad()  # sampling
+def generate(
+    backbone: Backbone,
+    roles: Roles,
+    sampling: Sampling,
+    c: Conditioning,
+    empty: Conditioning,
+    x_1: Tensor,
+    *,
+    batch: int,
+) -> np.ndarray:
+    """Pictures, uint8 [B, H, W, 3], from noise ``x_1`` [B, C, h, w]."""
+    grid = flow.few_step_grid(sampling.steps, sampling.shift)
+    chunks = []
+    with roles.use(sampling.role) as velocity:
+        field_of = guided(velocity, empty, sampling.guidance)
+        for rows in torch.arange(len(x_1)).split(batch):
+            part = c.rows(rows)
+            noise = torch_rng(0, int(rows[0]), "stochastic sampler")
+            final = solvers.sample(
+                lambda x, t, part=part: field_of(x, t, part), x_1[rows], grid, solver=sampling.solver, noise=noise
+            ).final
+            chunks.append(backbone.decode(final))
+    return np.concatenate(chunks)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Metrics by name, and the pictures that they were measured on."""
+
+    metrics: dict[str, float]
+    images: np.ndarray
+    prompts: list[Prompt]
+
+
+class Evaluator:
+    """Samples a role on the task's fixed prompts and fixed noise, and measures reward and held-out metrics."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        roles: Roles,
+        embed: Embedder,
+        task: Task,
+        reward: Reward,
+        *,
+        prompts: int,
+        images_per_prompt: int,
+        seed: int,
+        batch: int,
+    ) -> None:
+        self.backbone, self.roles, self.embed, self.task, self.reward = backbone, roles, embed, task, reward
+        self.images_per_prompt, self.batch = images_per_prompt, batch
+        distinct = task.eval_prompts(prompts)
+        self.prompts = [p for p in distinct for _ in range(images_per_prompt)]
+        self.x_1 = torch.randn(
+            (len(self.prompts), *backbone.latent_shape), generator=torch_rng(seed, 0, "evaluation noise")
+        )
+
+    def __call__(self, sampling: Sampling) -> Evaluation:
+        c, empty = self.embed([p.text for p in self.prompts]), self.embed([""])
+        start = time.perf_counter()
+        images = generate(self.backbone, self.roles, sampling, c, empty, self.x_1.to(c.embeds.device), batch=self.batch)
+        seconds = time.perf_counter() - start
+        rewards = score(self.reward, images, self.prompts)
+        metrics = {
+            "reward": float(rewards.nanmean()),
+            "reward_missing": float(rewards.isnan().sum()),
+            **self.task.metrics(images, self.prompts, self.images_per_prompt),
+            "network_evaluations": float(sampling.network_evaluations),
+            "images_per_second": len(images) / seconds,
+        }
+        return Evaluation({k: v for k, v in metrics.items() if not math.isnan(v)}, images, self.prompts)

@@ -1,0 +1,133 @@
+"""The losses of TDM and TDM-R1 as pure functions of tensors to a ``[B]`` tensor; the caller reduces, weights, logs.
+
+Equation numbers are those of TDM-R1 (arXiv 2603.07700). Predictions are velocities v = eps - x_0. Where the print
+cannot be followed literally, `docs/method.md` says what is implemented instead and why.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import flow
+
+
+def _mean(x: Tensor) -> Tensor:
+    """Mean over all dimensions but the first: [B, ...] to [B]."""
+    return x.flatten(1).mean(1)
+
+
+# ------------------------------------------------------------------------------------------ denoising
+
+
+def denoising(v: Tensor, x_t: Tensor, eps: Tensor, s: Tensor, t: Tensor, *, clamp: float = 0.1) -> Tensor:
+    """Eq. 1: denoising of x_t ~ q(x_t | x_s) back to x_s, in its bounded form, [B].
+
+    ``| eps - (sigma_{t,s}/t) eps_hat |^2 / max(1 - t, clamp)^2``, meaned over dimensions: with s = 0 and t below
+    1 - clamp it is the plain velocity error ``|v - (eps - x_0)|^2``, and it stays finite as t -> s, where the
+    conditional velocity blows up.
+
+    Args:
+        v: the network's velocity at (x_t, t), [B, ...].
+        x_t, eps: the noised point and the noise that made it (`flow.renoise`), [B, ...].
+        s, t: times [B], 0 <= s <= t < 1.
+        clamp: lower bound of 1 - t in the weight.
+    """
+    ratio, weight = _bounded(s, t, x_t, clamp)
+    return _mean((weight * (eps - ratio * flow.eps_from_v(v, x_t, t))).square())
+
+
+def _bounded(s: Tensor, t: Tensor, like: Tensor, clamp: float) -> tuple[Tensor, Tensor]:
+    """sigma_{t,s}/t and 1/max(1 - t, clamp), broadcast against ``like``."""
+    _, sigma = flow.transition(s, t, like)
+    t = flow.expand(t, like)
+    return sigma / t.clamp_min(1e-6), 1 / (1 - t).clamp_min(clamp)
+
+
+# ------------------------------------------------------------------------------------------ surrogate
+
+
+def group_preference(
+    loss_phi: Tensor, loss_ref: Tensor, advantage: Tensor, span: Tensor, group: Tensor, n_groups: int, *, beta: float
+) -> Tensor:
+    """Eq. 8, 9 and 18: the group preference loss, [n_groups].
+
+    ``-log sigmoid( -beta (T - t_k) sum_i A_i (l_phi,i - l_ref,i) )``. Membership is sign(A_i) and the weight
+    omega_i is |A_i|, so the two sums of Eq. 9 are one signed sum; the print lacks the outer minus (Eq. 16 has it).
+
+    Args:
+        loss_phi, loss_ref: `denoising` under the surrogate and under the reference, [B].
+        advantage: A_i, [B], zero sum in each group.
+        span: T - t_k of each sample, [B], equal inside a group.
+        group: the group of each sample, [B] of int64 in 0..n_groups - 1.
+        beta: the preference's inverse temperature. The denoising losses are means over dimensions.
+    """
+    terms = span * advantage * (loss_phi - loss_ref)
+    return -F.logsigmoid(-beta * terms.new_zeros(n_groups).index_add(0, group, terms))
+
+
+def anchored_regression(
+    v_phi: Tensor,
+    v_ref: Tensor,
+    x_t: Tensor,
+    eps: Tensor,
+    s: Tensor,
+    t: Tensor,
+    advantage: Tensor,
+    *,
+    kappa: float = 1.0,
+    clamp: float = 0.1,
+) -> Tensor:
+    """The anchored surrogate (ours): ``| (eps_phi - eps_ref) - kappa A (eps* - eps_ref) |^2``, weighted, [B].
+
+    At phi = ref the gradient of `group_preference` is beta/2 sum_i A_i grad l_i; adding the trust region
+    ``|eps_phi - eps_ref|^2`` and completing the square gives this regression. Its fixed point is
+    ``eps_phi - eps_ref = kappa E[A (eps* - eps_ref) | x_t]``: by Tweedie's formula the gradient of the expected
+    advantage at that noise level. Convex in eps_phi, without beta, nothing to saturate. The weight is
+    ``((sigma_{t,s}/t) / max(1 - t, clamp))^2``, under which the residual is bounded.
+    """
+    ratio, weight = _bounded(s, t, x_t, clamp)
+    eps_ref = flow.eps_from_v(v_ref, x_t, t)
+    target = kappa * flow.expand(advantage, x_t) * (eps - ratio * eps_ref)
+    return _mean((weight * (ratio * (flow.eps_from_v(v_phi, x_t, t) - eps_ref) - target)).square())
+
+
+# ------------------------------------------------------------------------------------------ generator
+
+
+def distribution_matching(x0_fake: Tensor, x0_teacher: Tensor) -> Tensor:
+    """Eq. 2: the direction of KL(generator || teacher), ``x0_fake - x0_teacher``, [B, ...].
+
+    Scores are linear in x0_hat at a fixed (x_t, t), so this is a positive multiple of s_fake - s_psi.
+    """
+    return x0_fake - x0_teacher
+
+
+def reward_direction(x0_phi: Tensor, x0_ref: Tensor) -> Tensor:
+    """Eq. 10: the direction in which log p_phi(x_t)/p_ref(x_t), the implicit reward, falls: ``x0_ref - x0_phi``.
+
+    Eq. 11 with phi's network held constant cancels or points the wrong way, depending on the parameterisation read
+    into it; the score difference is what the RLHF optimum p_phi ~ p_ref exp(r/beta) prescribes (`docs/method.md`).
+    """
+    return x0_ref - x0_phi
+
+
+def magnitude(x0: Tensor, x0_teacher: Tensor, *, floor: float) -> Tensor:
+    """DMD's normaliser: mean |x0_hat - x0_teacher| of each sample, at least ``floor``; [B]."""
+    return _mean((x0 - x0_teacher).abs()).clamp_min(floor)
+
+
+def follow(output: Tensor, direction: Tensor) -> Tensor:
+    """A loss whose gradient with respect to ``output`` is ``direction`` over the number of dimensions, [B].
+
+    ``direction`` is the stop-gradient of Eq. 2 and 11: it must not require grad.
+    """
+    if direction.requires_grad:
+        raise AssertionError("the direction of Eq. 2 and 11 is a stop-gradient")
+    return _mean(output * direction)
+
+
+def saturation(terms: Tensor) -> Tensor:
+    """Share of preference sigmoids that are saturated: |argument| above 4 (gradient under 2 % of the largest)."""
+    return (terms.abs() > 4).to(torch.float32).mean()

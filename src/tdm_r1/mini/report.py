@@ -1,0 +1,142 @@
+"""The main job on the mini model, told: base, 4-step student before and after, as a table, a picture and JSON."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from .. import pictures
+from ..checkpoint import write_text
+from ..config import RunConfig
+from ..evaluation import Evaluation, Sampling
+from ..roles import Role
+from ..trainer import Run
+from .task import DIRECTION
+from .world import TASKS
+
+BASE_STEPS = 20  # Euler steps of the many-step base, at the recipe's teacher guidance and shift 3
+
+
+def reinforce(config: RunConfig, console: Console) -> dict:
+    """Runs one recipe on the mini model; returns a JSON-ready record and leaves `before_after.png` in the run."""
+    run = Run(config, console=console)
+    evaluator = run.evaluator()
+    console.print(f"Sampling the many-step base ({BASE_STEPS} guided steps) ...")
+    base = evaluator(Sampling(Role.TEACHER, BASE_STEPS, config.sampler.shift, guidance=config.tdm.teacher_guidance))
+    before = evaluator(run.few_step())
+    start = time.perf_counter()
+    after = run.fit()
+    assert after is not None  # a fresh run evaluates at its end
+    record = {
+        "seed": config.seed,
+        "minutes": round((time.perf_counter() - start) / 60, 2),
+        "iterations": run.iteration,
+        "reward_evaluations": run.scored,
+        "base": _rounded(base.metrics),
+        "before": _rounded(before.metrics),
+        "after": _rounded(after.metrics),
+    }
+    path = run.folder / "before_after.png"
+    pictures.save_png(before_after(base, before, after, config.evaluation.images_per_prompt), path)
+    write_text(run.folder / "result.json", json.dumps(record, indent=1))
+    console.print(table(record))
+    console.print(f"Picture: {path}\nLoRA:    {run.folder / 'lora'}  (plain diffusers: load_lora_weights)")
+    return record
+
+
+def before_after(base: Evaluation, before: Evaluation, after: Evaluation, images_per_prompt: int):
+    """The same noise and prompts in three rows, two prompts of every family."""
+    prompts = base.prompts[::images_per_prompt]
+    chosen: list[int] = []
+    for tag in TASKS:
+        of_tag = [i for i, p in enumerate(prompts) if p.metadata["tag"] == tag]
+        chosen += of_tag[: 1 if tag in ("single_object", "colors") else 3]
+    rows = np.array(chosen) * images_per_prompt
+    labels = ("base, 20 steps, guided", "4 steps before", "4 steps after TDM-R1")
+    return pictures.grid(
+        [(label, e.images[rows]) for label, e in zip(labels, (base, before, after), strict=True)],
+        [base.prompts[i].text for i in rows],
+    )
+
+
+def table(record: Mapping) -> Table:
+    """The before/after table for a terminal."""
+    title = f"seed {record['seed']}: {record['reward_evaluations']:,} scored images, {record['minutes']} minutes"
+    out = Table(title=title)
+    for column in ("metric", "base, 20 steps", "4 steps, before", "4 steps, after", "better is"):
+        out.add_column(column, justify="left" if column in ("metric", "better is") else "right")
+    for name in record["after"]:
+        values = [record[k].get(name) for k in ("base", "before", "after")]
+        digits = 1 if name == "images_per_second" else 0 if name == "network_evaluations" else 3
+        out.add_row(name, *("" if v is None else f"{v:.{digits}f}" for v in values), DIRECTION.get(name, ""))
+    return out
+
+
+def noise_floor(config: RunConfig, repeats: int = 6) -> dict[str, float]:
+    """Standard deviation of each metric of the 4-step student over fresh evaluation noise."""
+    run = Run(config)
+    rows = []
+    for k in range(repeats):
+        evaluator = run.evaluator()
+        evaluator.x_1 = torch.randn(evaluator.x_1.shape, generator=torch.Generator().manual_seed(900 + k))
+        rows.append(evaluator(run.few_step()).metrics)
+    return {name: round(float(np.std([r[name] for r in rows], ddof=1)), 4) for name in rows[0] if name in DIRECTION}
+
+
+def _rounded(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {k: round(v, 4) for k, v in metrics.items()}
+
+
+def study(recipe: str, configs: list[RunConfig], out: Path, console: Console) -> None:
+    """Runs ``configs`` (one a seed) and files their records under ``recipe`` in ``out``; keeps other recipes'."""
+    results = json.loads(out.read_text()) if out.exists() else {"recipe": {}, "noise_floor": {}}
+    results["noise_floor"] = noise_floor(configs[0])
+    records = [reinforce(config, console) for config in configs]
+    results["recipe"][recipe] = records
+    write_text(out, json.dumps(results, indent=1))
+    write_text(out.with_suffix(".md"), markdown(results))
+    console.print(f"Wrote {out} and {out.with_suffix('.md')}")
+
+
+def markdown(results: Mapping) -> str:
+    """The results as a page: mean and spread over seeds, against the noise floor."""
+    lines = [
+        "# Results on the mini model",
+        "",
+        "Written by `tdm-r1 mini study RECIPE` from `mini.json`; do not edit by hand. Each cell is the mean over seeds,",
+        "with the standard deviation over seeds where there are several. The noise floor is the standard deviation of",
+        "the 4-step student's figure over fresh evaluation noise.",
+    ]
+    for recipe, records in results["recipe"].items():
+        seeds = ", ".join(str(r["seed"]) for r in records)
+        minutes = np.mean([r["minutes"] for r in records])
+        scored = np.mean([r["reward_evaluations"] for r in records])
+        lines += [
+            "",
+            f"## {recipe}",
+            "",
+            f"Seeds {seeds}; {minutes:.1f} minutes and {scored:,.0f} scored images a run.",
+            "",
+            "| metric | base, 20 guided steps | 4 steps, before | 4 steps, after | noise floor | better is |",
+            "|---|---|---|---|---|---|",
+        ]
+        for name in records[0]["after"]:
+            cells = [_cell([r[k].get(name) for r in records]) for k in ("base", "before", "after")]
+            floor = results["noise_floor"].get(name, "")
+            lines.append(f"| {name} | {' | '.join(cells)} | {floor} | {DIRECTION.get(name, '')} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(values: list[float | None]) -> str:
+    known = [v for v in values if v is not None]
+    if not known:
+        return ""
+    spread = f" ± {np.std(known, ddof=1):.3f}" if len(known) > 1 else ""
+    return f"{np.mean(known):.3f}{spread}"

@@ -1,0 +1,246 @@
+"""Roles: who plays generator, surrogate, reference, fake score and teacher, and the one way to switch between them.
+
+A role sits on a *seat*: a transformer, and either a LoRA adapter on it or the transformer's own weights. One frozen
+backbone can so carry every role as an adapter (the teacher is the backbone with adapters off); a second backbone
+serves a student whose base differs from the teacher's; full-weight roles are transformers of their own.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from .backbones import Backbone, Velocity
+
+
+class Role(StrEnum):
+    """The paper's roles (its letters in brackets), and the two averages that are used in their place."""
+
+    TEACHER = "teacher"  # psi: the many-step base, frozen
+    GENERATOR = "generator"  # theta: the few-step model
+    GENERATOR_EMA = "generator_ema"  # what is evaluated and exported
+    FAKE = "fake"  # s_fake: the score of the generator's own samples
+    SURROGATE = "surrogate"  # phi: the reward, a diffusion model
+    SURROGATE_EMA = "surrogate_ema"  # phi averaged: the reward direction that is used
+    REFERENCE = "reference"  # ref: EMA of phi, or phi's start
+
+
+TRAINED = (Role.GENERATOR, Role.FAKE, Role.SURROGATE)
+
+
+@dataclass(frozen=True)
+class Seat:
+    """Where a role's weights live: ``adapter`` on ``transformer``, or, if None, the transformer's own weights."""
+
+    transformer: nn.Module
+    adapter: str | None
+
+
+class Roles:
+    """The cast. Build it with `lora_roles` or `full_roles`."""
+
+    def __init__(self, seats: Mapping[Role, Seat], velocity_of: Callable[[nn.Module], Velocity]) -> None:
+        self._seats = dict(seats)
+        self._velocity_of = velocity_of
+        self._layers = {
+            id(seat.transformer): [m for m in seat.transformer.modules() if isinstance(m, BaseTunerLayer)]
+            for seat in seats.values()
+        }
+        self._adapter: dict[int, str | None] = {}  # the active adapter of each transformer that has adapters
+        self._weights = {role: dict(self._named(seat)) for role, seat in self._seats.items()}
+        for role, weights in self._weights.items():
+            if self._owns(role):
+                for p in weights.values():
+                    p.requires_grad_(role in TRAINED)
+        for seat in self._seats.values():
+            self._activate(seat.transformer, seat.adapter)
+
+    def __contains__(self, role: Role) -> bool:
+        return role in self._seats
+
+    def _owns(self, role: Role) -> bool:
+        """Whether the role has weights of its own, rather than a frozen backbone's."""
+        seat = self._seats[role]
+        return seat.adapter is not None or not self._layers[id(seat.transformer)]
+
+    @staticmethod
+    def _named(seat: Seat) -> Iterator[tuple[str, nn.Parameter]]:
+        for name, p in seat.transformer.named_parameters():
+            if seat.adapter is None:
+                yield name, p
+            elif f".{seat.adapter}." in name:
+                yield name.replace(f".{seat.adapter}.", "."), p
+
+    # -------------------------------------------------------------------------------------- switching
+
+    @contextmanager
+    def use(self, role: Role) -> Iterator[Velocity]:
+        """Puts ``role`` on stage and yields its velocity field; restores what was there before.
+
+        Finish the backward inside the context when gradient checkpointing is on: recomputation runs through
+        whichever adapter is active at that moment.
+        """
+        seat = self._seats[role]
+        before = self._adapter[id(seat.transformer)]
+        self._activate(seat.transformer, seat.adapter)
+        try:
+            yield self._velocity_of(seat.transformer)
+        finally:
+            self._activate(seat.transformer, before)
+
+    def _activate(self, transformer: nn.Module, adapter: str | None) -> None:
+        key = id(transformer)
+        if key in self._adapter and self._adapter[key] == adapter:
+            return
+        for layer in self._layers[key]:
+            if adapter is None:
+                layer.enable_adapters(False)
+            else:
+                layer.enable_adapters(True)
+                layer.set_adapter(adapter)
+        self._adapter[key] = adapter
+        # peft sets requires_grad on every switch; a role's own flags must outlive it, or a backward that runs after
+        # the switch would silently drop gradients
+        for role, weights in self._weights.items():
+            if self._layers[key] and self._seats[role].transformer is transformer and self._owns(role):
+                for p in weights.values():
+                    p.requires_grad_(role in TRAINED)
+
+    # -------------------------------------------------------------------------------------- weights
+
+    def weights(self, role: Role) -> dict[str, nn.Parameter]:
+        """The role's own weights by a name that does not depend on the role. Raises ValueError for the teacher."""
+        if not self._owns(role):
+            raise ValueError(f"role {role} has no weights of its own: it is the frozen backbone")
+        return self._weights[role]
+
+    def parameters(self, role: Role) -> list[nn.Parameter]:
+        """What an optimizer of this role trains."""
+        return list(self.weights(role).values())
+
+    @torch.no_grad()  # copies and averages are never trained
+    def load(self, role: Role, weights: Mapping[str, Tensor]) -> None:
+        """Copies ``weights`` in. Raises ValueError on missing, unknown or misshapen names."""
+        own = self.weights(role)
+        if wrong := own.keys() ^ weights.keys():
+            raise ValueError(f"weights for role {role} do not fit: {len(wrong)} names differ, e.g. {min(wrong)!r}")
+        for name, p in own.items():
+            if p.shape != weights[name].shape:
+                raise ValueError(
+                    f"weights for role {role} do not fit: {name} is {tuple(weights[name].shape)}, "
+                    f"expected {tuple(p.shape)}; is the LoRA rank the same?"
+                )
+            p.copy_(weights[name])
+
+    def copy(self, target: Role, source: Role) -> None:
+        """target <- source."""
+        self.load(target, self.weights(source))
+
+    @torch.no_grad()  # EMA weights never receive a gradient
+    def average(self, target: Role, source: Role, decay: float) -> None:
+        """target <- decay target + (1 - decay) source."""
+        new = self.weights(source)
+        pairs = [(p, new[name]) for name, p in self.weights(target).items()]
+        torch._foreach_lerp_([p for p, _ in pairs], [q for _, q in pairs], 1 - decay)
+
+    def state(self, role: Role) -> dict[str, Tensor]:
+        """A copy of the role's own weights."""
+        return {name: p.detach().clone() for name, p in self.weights(role).items()}
+
+
+def lora_roles(
+    student: Backbone, config: LoraConfig, roles: tuple[Role, ...], *, teacher: Backbone | None = None
+) -> Roles:
+    """Every role but the teacher as a LoRA adapter, all starting at their backbone's own function.
+
+    Args:
+        student: carries generator and fake score, and without ``teacher`` everything.
+        config: the adapters' configuration; they are all alike.
+        roles: which roles to cast beside the teacher.
+        teacher: a second backbone, for a student whose base weights differ; it carries surrogate and reference too.
+    """
+    other = teacher or student
+    hosts = {role: student if "generator" in role or role is Role.FAKE else other for role in roles}
+    first: dict[int, str] = {}
+    for role, host in hosts.items():
+        with warnings.catch_warnings():  # peft warns of a second adapter; a cast of them is what is wanted
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            host.transformer.add_adapter(config, adapter_name=str(role))
+        # `init_lora_weights` draws A anew for each adapter: make equal starts really equal
+        seat = Seat(host.transformer, str(role))
+        if id(host.transformer) in first:
+            source = dict(Roles._named(Seat(host.transformer, first[id(host.transformer)])))
+            with torch.no_grad():  # initialisation
+                for name, p in Roles._named(seat):
+                    p.copy_(source[name])
+        first.setdefault(id(host.transformer), str(role))
+    seats = {Role.TEACHER: Seat(other.transformer, None)}
+    seats |= {role: Seat(host.transformer, str(role)) for role, host in hosts.items()}
+    return Roles(seats, student.velocity_of)
+
+
+def full_roles(student: Backbone, roles: tuple[Role, ...], *, teacher: Backbone | None = None) -> Roles:
+    """Every role as a transformer of its own, copied from its backbone; the teacher is the backbone itself."""
+    other = teacher or student
+    seats = {Role.TEACHER: Seat(other.transformer, None)}
+    for role in roles:
+        host = student if "generator" in role or role is Role.FAKE else other
+        seats[role] = Seat(copy.deepcopy(host.transformer), None)
+    built = Roles(seats, student.velocity_of)
+    for p in other.transformer.parameters():
+        p.requires_grad_(False)
+    return built
+
+
+def load_lora(roles: Roles, targets: tuple[Role, ...], folder: Path, config: LoraConfig) -> None:
+    """Starts ``targets`` from a LoRA that diffusers wrote (`Backbone.save_lora`).
+
+    Raises ValueError if its rank or alpha are not those of ``config``, since adapters of one run are alike, or if
+    its modules differ.
+    """
+    saved = lora_settings(folder)
+    for name, have, want in (("rank", saved.r, config.r), ("alpha", saved.lora_alpha, config.lora_alpha)):
+        if have != want:
+            raise ValueError(
+                f"the LoRA at {str(folder)!r} has {name} {have}, this run's adapters have {want}: "
+                f"set model.lora.{name} to {have}"
+            )
+    with safe_open(_lora_file(folder), framework="pt") as file:
+        weights = {name.removeprefix("transformer."): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    for role in targets:
+        roles.load(role, weights)
+
+
+def lora_settings(folder: Path) -> LoraConfig:
+    """The adapter settings that a LoRA file carries. Raises ValueError where it has none: alpha would be a guess."""
+    with safe_open(_lora_file(folder), framework="pt") as file:
+        metadata = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    prefix = "transformer."
+    settings = {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
+    if not settings:
+        raise ValueError(f"the LoRA at {str(folder)!r} carries no adapter metadata: save it again with its LoraConfig")
+    return LoraConfig(
+        r=settings["r"],
+        lora_alpha=settings["lora_alpha"],
+        init_lora_weights="gaussian",
+        target_modules=settings["target_modules"],
+    )
+
+
+def _lora_file(folder: Path) -> Path:
+    file = folder / "pytorch_lora_weights.safetensors" if folder.is_dir() else folder
+    if not file.is_file():
+        raise ValueError(f"no LoRA at {str(folder)!r}: give a folder with pytorch_lora_weights.safetensors")
+    return file

@@ -1,0 +1,113 @@
+"""Sampling and evaluating finished LoRAs: what `tdm-r1 sample` and `tdm-r1 eval` do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from peft import LoraConfig
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from . import pictures
+from .backbones import SD3Backbone, load_backbone
+from .config import ModelConfig, load_recipe
+from .errors import UserError
+from .evaluation import Embedder, Sampling, generate
+from .mini import bundle
+from .roles import Role, Roles, load_lora, lora_roles, lora_settings
+from .trainer import Run, resolve_device, resolve_model
+
+if TYPE_CHECKING:
+    from .cli import Eval, Sample
+
+
+class FewStepModel:
+    """A pipeline and a LoRA, ready to sample: the library's short way to pictures.
+
+    Args:
+        path: 'mini', a hub id or a pipeline folder.
+        lora: a LoRA folder; 'mini' is the bundled 4-step student; None samples the base itself.
+        steps, shift: the few-step grid.
+        max_sequence_length: T5 tokens (the mini model knows its own).
+    """
+
+    def __init__(
+        self,
+        path: str = "mini",
+        lora: str | Path | None = "mini",
+        *,
+        steps: int = 4,
+        shift: float = 3.0,
+        max_sequence_length: int = 256,
+        device: str = "auto",
+    ) -> None:
+        folder = bundle.bundle_path() / bundle.STUDENT_LORA if lora == "mini" else lora and Path(lora)
+        model = ModelConfig(path=path, max_sequence_length=max_sequence_length)
+        resolved, _, _, length = resolve_model(model)
+        self.backbone: SD3Backbone = load_backbone(
+            resolved, max_sequence_length=length, dtype=torch.float32, device=resolve_device(device)
+        )
+        settings = lora_settings(folder) if folder else LoraConfig(r=1, target_modules=["to_q"])
+        self.roles: Roles = lora_roles(self.backbone, settings, (Role.GENERATOR,))
+        if folder:
+            load_lora(self.roles, (Role.GENERATOR,), folder, settings)
+        self.sampling = Sampling(Role.GENERATOR, steps, shift)
+        self.embed = Embedder(self.backbone)
+
+    def __call__(self, prompts: Sequence[str], *, seed: int = 0) -> np.ndarray:
+        """Pictures, uint8 [B, H, W, 3], one a prompt; the same seed and prompts give the same pictures."""
+        x_1 = torch.randn((len(prompts), *self.backbone.latent_shape), generator=torch.Generator().manual_seed(seed))
+        c = self.embed(prompts)
+        x_1 = x_1.to(c.embeds.device)
+        return generate(self.backbone, self.roles, self.sampling, c, self.embed([""]), x_1, batch=64)
+
+
+def sample_command(command: Sample) -> None:
+    """`tdm-r1 sample`."""
+    lora = command.lora or ("mini" if command.model == "mini" else None)
+    model = FewStepModel(
+        command.model, lora, steps=command.steps, shift=command.shift, max_sequence_length=command.max_sequence_length
+    )
+    prompts = [p.strip() for p in command.prompt.split("|") if p.strip()]
+    if not prompts:
+        raise UserError(f"--prompt = {command.prompt!r}: give at least one prompt")
+    images = model([p for p in prompts for _ in range(command.images)], seed=command.seed)
+    if len(images) == 1:
+        picture = Image.fromarray(images[0])
+    else:
+        rows = images.reshape(len(prompts), command.images, *images.shape[1:])
+        captions = [""] * command.images
+        picture = pictures.grid(list(zip(prompts, rows, strict=True)), captions, tile=max(96, images.shape[1]))
+    pictures.save_png(picture, command.out)
+    Console().print(f"Wrote {command.out}")
+
+
+def eval_command(command: Eval) -> None:
+    """`tdm-r1 eval`: a column for the many-step base at each guidance, then one for each LoRA."""
+    console = Console()
+    config = load_recipe(command.recipe)
+    measured = config.evaluation.model_copy(
+        update={"prompts": command.prompts, "images_per_prompt": command.images_per_prompt}
+    )
+    run = Run(config.model_copy(update={"evaluation": measured}))
+    evaluator = run.evaluator()
+    columns: dict[str, dict[str, float]] = {}
+    if command.base_steps:
+        for scale in command.guidance:
+            sampling = Sampling(Role.TEACHER, command.base_steps, config.sampler.shift, guidance=scale)
+            columns[f"base, guidance {scale:g}"] = evaluator(sampling).metrics
+    for lora in command.lora:
+        folder = bundle.bundle_path() / bundle.STUDENT_LORA if lora == "mini" else Path(lora)
+        load_lora(run.roles, (Role.GENERATOR_EMA,), folder, run.lora)
+        columns[lora] = evaluator(run.few_step()).metrics
+    if not columns:
+        raise UserError("nothing to evaluate: give --lora, or --base-steps above 0")
+    table = Table(*("metric", *columns))
+    for name in next(iter(columns.values())):
+        table.add_row(name, *(f"{m.get(name, float('nan')):.3f}" for m in columns.values()))
+    console.print(table)

@@ -1,0 +1,310 @@
+"""A run: a folder, a loop around an algorithm's `step`, evaluation, checkpoints, export. The maths stands elsewhere."""
+
+from __future__ import annotations
+
+import json
+import platform
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from . import pictures
+from .algorithms.tdm import TDM
+from .algorithms.tdm_r1 import TDMR1
+from .backbones import SD3Backbone, load_backbone
+from .checkpoint import load_state, save_state, write_text
+from .config import ModelConfig, RunConfig, TaskConfig, dump
+from .errors import UserError
+from .evaluation import Embedder, Evaluation, Evaluator, Sampling
+from .mini import bundle
+from .randomness import numpy_rng, torch_rng
+from .rewards import load_reward, score
+from .roles import Role, Roles, full_roles, load_lora, lora_roles
+from .tasks import PromptFileTask, Task
+
+KEPT_CHECKPOINTS = 2
+OWN_ROLES = {
+    "tdm": (Role.GENERATOR, Role.GENERATOR_EMA, Role.FAKE),
+    "tdm_r1": (Role.GENERATOR, Role.GENERATOR_EMA, Role.FAKE, Role.SURROGATE, Role.SURROGATE_EMA, Role.REFERENCE),
+}
+
+
+def resolve_device(name: str) -> str:
+    """``auto`` is the first GPU if there is one."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def resolve_model(config: ModelConfig) -> tuple[str, Path | None, Path | None, int]:
+    """Path of the pipeline, the generator's and the fake score's LoRA, and T5's length; 'mini' fills them in."""
+    student = Path(config.student_lora) if config.student_lora else None
+    fake = Path(config.fake_lora) if config.fake_lora else None
+    if config.path != "mini":
+        return config.path, student, fake, config.max_sequence_length
+    root = bundle.bundle_path()
+    if config.student_lora == "mini":
+        student, fake = root / bundle.STUDENT_LORA, root / bundle.FAKE_LORA
+    return str(root), student, fake, bundle.MAX_SEQUENCE_LENGTH
+
+
+def load_task(config: TaskConfig) -> Task:
+    if config.name == "prompts":
+        assert config.prompts is not None  # checked by RunConfig
+        return PromptFileTask(config.prompts)
+    from .mini.task import MiniTask
+
+    return MiniTask(config.weights)
+
+
+class Run:
+    """Everything of one run, built from its configuration; `fit` trains, `evaluate` measures."""
+
+    def __init__(self, config: RunConfig, *, console: Console | None = None) -> None:
+        self.config = config
+        self.console = console or Console()
+        self.folder = config.output / config.name
+        self.task = load_task(config.task)
+        self.reward = load_reward(config.reward)
+        path, student, fake, length = resolve_model(config.model)
+        device, dtype = resolve_device(config.model.device), getattr(torch, config.model.dtype)
+        self.backbone = load_backbone(path, max_sequence_length=length, dtype=dtype, device=device)
+        self.lora = LoraConfig(
+            r=config.model.lora.rank,
+            lora_alpha=config.model.lora.alpha,
+            init_lora_weights="gaussian",
+            target_modules=list(config.model.lora.targets),
+        )
+        teacher = config.model.teacher and load_backbone(
+            config.model.teacher, max_sequence_length=length, dtype=dtype, device=device
+        )
+        self.roles = self._cast(teacher or None)
+        if student:
+            load_lora(self.roles, (Role.GENERATOR, Role.GENERATOR_EMA), student, self.lora)
+        if fake:
+            load_lora(self.roles, (Role.FAKE,), fake, self.lora)
+        self.embed = Embedder(self.backbone)
+        self.algorithm = self._algorithm()
+        self.iteration = 0
+        self.seconds = 0.0
+        self.scored = 0
+
+    def _cast(self, teacher: SD3Backbone | None) -> Roles:
+        torch.manual_seed(self.config.seed)  # peft initialises adapters from the global generator
+        own = OWN_ROLES[self.config.algorithm]
+        if self.config.model.roles == "full":
+            return full_roles(self.backbone, own, teacher=teacher)
+        return lora_roles(self.backbone, self.lora, own, teacher=teacher)
+
+    def _algorithm(self) -> TDM | TDMR1:
+        c, empty = self.config, self.embed([""])
+        if c.algorithm == "tdm":
+            return TDM(self.roles, empty, c.sampler, c.tdm, micro_batch=c.batch.micro_batch)
+        return TDMR1(
+            self.roles,
+            empty,
+            c.sampler,
+            c.tdm,
+            c.surrogate,
+            c.balance,
+            group_size=c.batch.group,
+            micro_batch=c.batch.micro_batch,
+        )
+
+    # -------------------------------------------------------------------------------------- one iteration
+
+    def step(self) -> dict[str, float]:
+        """One iteration: prompts, noise, the algorithm. Depends on the seed and the iteration's number alone."""
+        c, i = self.config, self.iteration
+        prompts = self.task.train_prompts(c.batch.prompts, numpy_rng(c.seed, i, "prompts"))
+        prompts = [p for p in prompts for _ in range(c.batch.group)]
+        conditioning = self.embed([p.text for p in prompts])
+        shape = (len(prompts), *self.backbone.latent_shape)
+        device = conditioning.embeds.device
+        x_1 = torch.randn(shape, generator=torch_rng(c.seed, i, "initial noise")).to(device)
+        noise = torch_rng(c.seed, i, "algorithm")
+        if isinstance(self.algorithm, TDM):
+            metrics = self.algorithm.step(conditioning, x_1, noise)
+        else:
+
+            def score_latents(latents: Tensor) -> Tensor:
+                return score(self.reward, self.backbone.decode(latents), prompts)
+
+            metrics = self.algorithm.step(conditioning, x_1, score_latents, noise)
+            self.scored += len(prompts)
+        self.iteration += 1
+        return metrics
+
+    # -------------------------------------------------------------------------------------- the loop
+
+    def fit(self, *, resume: bool = False) -> Evaluation | None:
+        """Trains to the end, or to Ctrl-C, which finishes the iteration and saves. Returns the last evaluation."""
+        self._open(resume)
+        evaluator = self.evaluator()
+        last = None if self.iteration else self._evaluate(evaluator)
+        with self._progress() as (progress, bar), _interrupts() as interrupted:
+            while self.iteration < self.config.iterations and not interrupted():
+                start = time.perf_counter()
+                metrics = self.step()
+                self.seconds += time.perf_counter() - start
+                self._log(metrics)
+                shown = {k: metrics[k] for k in ("reward/mean", "fake/loss") if k in metrics}
+                text = "  ".join(f"{k} {v:.3f}" for k, v in shown.items())
+                progress.update(bar, completed=self.iteration, shown=text)
+                done = self.iteration == self.config.iterations
+                every = self.config.evaluation.every
+                if done or (every and self.iteration % every == 0):
+                    last = self._evaluate(evaluator)
+                if done or self.iteration % self.config.save_every == 0:
+                    self.save()
+        self.save()
+        if self.iteration < self.config.iterations:
+            self.console.print(
+                f"Stopped after iteration {self.iteration}, saved. Go on with: tdm-r1 train {self.folder} --resume"
+            )
+        self.export(self.folder)
+        return last
+
+    @contextmanager
+    def _progress(self) -> Iterator[tuple[Progress, Any]]:
+        columns = (
+            TextColumn(self.config.name),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[shown]}"),
+        )
+        with Progress(*columns, console=self.console) as progress:
+            yield progress, progress.add_task("", total=self.config.iterations, completed=self.iteration, shown="")
+
+    # -------------------------------------------------------------------------------------- measuring
+
+    def evaluator(self) -> Evaluator:
+        e = self.config.evaluation
+        return Evaluator(
+            self.backbone,
+            self.roles,
+            self.embed,
+            self.task,
+            self.reward,
+            prompts=e.prompts,
+            images_per_prompt=e.images_per_prompt,
+            seed=e.seed,
+            batch=self.config.batch.micro_batch,
+        )
+
+    def few_step(self, role: Role = Role.GENERATOR_EMA) -> Sampling:
+        s = self.config.sampler
+        return Sampling(role, s.steps, s.shift, s.solver)
+
+    def _evaluate(self, evaluator: Evaluator) -> Evaluation:
+        result = evaluator(self.few_step())
+        self._log({f"eval/{k}": v for k, v in result.metrics.items()})
+        self._picture(result)
+        pictures.curves(self._history(), self.folder / "curves.png")
+        line = "  ".join(f"{k} {v:.3f}" for k, v in result.metrics.items() if "/" not in k)
+        self.console.print(f"iteration {self.iteration}: {line}", highlight=False)
+        return result
+
+    def _picture(self, result: Evaluation) -> None:
+        n = self.config.evaluation.grid_prompts
+        if n:
+            rows = torch.arange(0, len(result.prompts), self.config.evaluation.images_per_prompt)[:n].numpy()
+            captions = [result.prompts[i].text for i in rows]
+            picture = pictures.grid([(f"iteration {self.iteration}", result.images[rows])], captions)
+            pictures.save_png(picture, self.folder / "grids" / f"iteration_{self.iteration:06d}.png")
+
+    # -------------------------------------------------------------------------------------- the folder
+
+    def _open(self, resume: bool) -> None:
+        checkpoints = self.checkpoints()
+        if resume:
+            if not checkpoints:
+                raise UserError(f"--resume: {self.folder} holds no checkpoint; start it without --resume")
+            self.load(checkpoints[-1])
+            return
+        if (self.folder / "metrics.jsonl").exists():
+            raise UserError(
+                f"{self.folder} already holds a run: go on with --resume, or give another --name or --output"
+            )
+        write_text(self.folder / "config.yaml", dump(self.config))
+        names = ("tdm-r1", "torch", "diffusers", "transformers", "peft", "accelerate", "numpy")
+        versions = {"python": platform.python_version()} | {n: metadata.version(n) for n in names}
+        write_text(self.folder / "versions.json", json.dumps(versions, indent=2))
+
+    def _log(self, metrics: dict[str, float]) -> None:
+        row = {"iteration": self.iteration, "seconds": round(self.seconds, 2), "scored": self.scored} | {
+            k: round(v, 6) for k, v in metrics.items()
+        }
+        with (self.folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def _history(self) -> list[dict[str, float]]:
+        path = self.folder / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def checkpoints(self) -> list[Path]:
+        """The run's checkpoints, oldest first."""
+        return sorted((self.folder / "checkpoints").glob("iteration_*.safetensors"))
+
+    def save(self) -> None:
+        """Writes a checkpoint that `load` goes on from exactly, and drops old ones."""
+        path = self.folder / "checkpoints" / f"iteration_{self.iteration:06d}.safetensors"
+        state = {
+            "iteration": self.iteration,
+            "seconds": self.seconds,
+            "scored": self.scored,
+            "roles": {str(role): self.roles.state(role) for role in OWN_ROLES[self.config.algorithm]},
+            "algorithm": self.algorithm.state(),
+        }
+        save_state(path, state)
+        for old in self.checkpoints()[:-KEPT_CHECKPOINTS]:
+            old.unlink()
+
+    def load(self, path: Path) -> None:
+        """Goes back to a checkpoint, and drops what the log holds from after it."""
+        state = load_state(path)
+        self.iteration, self.seconds, self.scored = state["iteration"], state["seconds"], state["scored"]
+        for role in OWN_ROLES[self.config.algorithm]:
+            self.roles.load(role, state["roles"][str(role)])
+        self.algorithm.load_state(state["algorithm"])
+        rows = [json.dumps(row) for row in self._history() if row["iteration"] <= self.iteration]
+        write_text(self.folder / "metrics.jsonl", "".join(row + "\n" for row in rows))
+
+    def export(self, folder: Path) -> None:
+        """Writes the generator (and the fake score, for a later run) as LoRAs that plain diffusers loads."""
+        if self.config.model.roles == "full":
+            return
+        for role, name in ((Role.GENERATOR_EMA, "lora"), (Role.FAKE, "lora_fake")):
+            self.backbone.save_lora(folder / name, self.roles.state(role), self.lora)
+
+
+@contextmanager
+def _interrupts() -> Iterator[Any]:
+    """Turns the first Ctrl-C (or SIGTERM) into a flag; a second one interrupts at once."""
+    seen: list[int] = []
+
+    def handle(number: int, frame: Any) -> None:
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(number)
+
+    try:
+        before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread (a notebook's worker, a test): nothing to catch there
+        before = {}
+    try:
+        yield lambda: bool(seen)
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
