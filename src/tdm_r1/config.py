@@ -134,7 +134,10 @@ class TrainCommand:
 
 
 def load_recipe(name: str) -> RunConfig:
-    """A recipe by name, by path, or a run's own configuration by its folder. Raises UserError naming the field, the value and the fix."""
+    """A recipe by name, by path, or a run's own configuration by its folder.
+
+    Raises UserError naming the field, the value and the fix.
+    """
     path = Path(name)
     if name in recipe_names():
         text = recipe_text(name)

@@ -29,7 +29,7 @@ def widen(x: Tensor) -> Tensor:
 def add_noise(x_0: Tensor, eps: Tensor, t: Tensor | float) -> Tensor:
     """x_t = (1 - t) x_0 + t eps."""
     t = expand(t, x_0)
-    return (1 - t) * x_0 + t * eps
+    return (1 - t) * widen(x_0) + t * eps
 
 
 def x0_from_v(v: Tensor, x_t: Tensor, t: Tensor | float) -> Tensor:
@@ -77,7 +77,7 @@ def transition(s: Tensor | float, t: Tensor | float, like: Tensor) -> tuple[Tens
 def renoise(x_s: Tensor, eps: Tensor, s: Tensor | float, t: Tensor | float) -> Tensor:
     """A draw x_t = alpha_{t,s} x_s + sigma_{t,s} eps of q(x_t | x_s)."""
     alpha, sigma = transition(s, t, x_s)
-    return alpha * x_s + sigma * eps
+    return alpha * widen(x_s) + sigma * eps
 
 
 def conditional_eps(eps: Tensor, s: Tensor | float, t: Tensor | float) -> Tensor:

@@ -48,23 +48,30 @@ def _bounded(s: Tensor, t: Tensor, like: Tensor, clamp: float) -> tuple[Tensor, 
 # ------------------------------------------------------------------------------------------ surrogate
 
 
-def group_preference(
-    loss_phi: Tensor, loss_ref: Tensor, advantage: Tensor, span: Tensor, group: Tensor, n_groups: int, *, beta: float
-) -> Tensor:
-    """Eq. 8, 9 and 18: the group preference loss, [n_groups].
+def preference_terms(loss_phi: Tensor, loss_ref: Tensor, advantage: Tensor, span: Tensor) -> Tensor:
+    """The terms whose sum over a group stands inside the sigmoid of Eq. 9 and 18, [B].
 
-    ``-log sigmoid( -beta (T - t_k) sum_i A_i (l_phi,i - l_ref,i) )``. Membership is sign(A_i) and the weight
-    omega_i is |A_i|, so the two sums of Eq. 9 are one signed sum; the print lacks the outer minus (Eq. 16 has it).
+    ``(T - t_k) A_i (l_phi,i - l_ref,i)``: membership is sign(A_i) and the weight omega_i is |A_i|, so the two sums
+    of Eq. 9 are one signed sum, and the partition function cancels because the A_i of a group sum to zero.
 
     Args:
         loss_phi, loss_ref: `denoising` under the surrogate and under the reference, [B].
-        advantage: A_i, [B], zero sum in each group.
-        span: T - t_k of each sample, [B], equal inside a group.
-        group: the group of each sample, [B] of int64 in 0..n_groups - 1.
-        beta: the preference's inverse temperature. The denoising losses are means over dimensions.
+        advantage: A_i, [B].
+        span: T - t_k of each sample, [B].
     """
-    terms = span * advantage * (loss_phi - loss_ref)
-    return -F.logsigmoid(-beta * terms.new_zeros(n_groups).index_add(0, group, terms))
+    return span * advantage * (loss_phi - loss_ref)
+
+
+def group_preference(sums: Tensor, *, beta: float) -> Tensor:
+    """Eq. 8, 9 and 18: ``-log sigmoid(-beta S)`` of each group's sum S of `preference_terms`, [n_groups].
+
+    The print of Eq. 9 lacks the outer minus (Eq. 16 has it).
+
+    Args:
+        sums: [n_groups].
+        beta: inverse temperature of the preference; the denoising losses are means over dimensions.
+    """
+    return -F.logsigmoid(-beta * sums)
 
 
 def anchored_regression(

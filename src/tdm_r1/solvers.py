@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, get_args
 
 import torch
@@ -57,11 +58,11 @@ def dpm_step(x0: Tensor, x0_last: Tensor, x_t: Tensor, t_last: Tensor, t: Tensor
     """DPM-Solver++ 2M (arXiv 2211.01095, algorithm 2) on flow sigmas: alpha = 1 - t, sigma = t.
 
     With lambda = log(alpha/sigma), h = lambda_s - lambda_t and h_last likewise, the clean prediction is extrapolated
-    to D = x0 + h/(2 h_last) (x0 - x0_last). The step after t_last = 1 (where lambda is infinite) and the step to
-    s = 0 are of first order.
+    to D = x0 + h/(2 h_last) (x0 - x0_last). The first step (t_last = t), the
+    one after t_last = 1 (where lambda is infinite) and the one to s = 0 are of first order.
     """
     t_last, t, s = (flow.expand(u, x_t) for u in (t_last, t, s))
-    first_order = (t_last >= 1) | (s <= 0)
+    first_order = (t_last >= 1) | (t_last <= t) | (s <= 0)
 
     def log_snr(u: Tensor) -> Tensor:
         u = u.clamp(1e-6, 1 - 1e-6)  # only ever reached where the first-order branch is taken
@@ -114,7 +115,7 @@ def sample(
     times = grid.to(x_1.device, flow.widen(x_1).dtype)
     x, last, t_last = x_1, None, times[0]
     points, clean = [x_1], []
-    for t, s in zip(times[:-1], times[1:], strict=True):
+    for t, s in pairwise(times):
         x0 = flow.x0_from_v(velocity(x, t.expand(len(x))), x, t)
         eps = torch.randn(x.shape, generator=noise).to(x) if solver == "stochastic" else None
         x = solver_step(solver, x0, x0 if last is None else last, x, t_last, t, s, eps)

@@ -196,7 +196,9 @@ class TDMR1:
         with torch.no_grad():  # pass one: the value inside each group's sigmoid
             inside = torch.cat([self._preference_terms(rollout, advantage, draw, part)[0] for part in parts])
         sums = inside.new_zeros(n_groups).index_add(0, group[rows], inside)
-        slope = config.beta * torch.sigmoid(config.beta * sums)  # of -log sigmoid(-beta S)
+        sums.requires_grad_(True)
+        loss_of_groups = losses.group_preference(sums, beta=config.beta)
+        (slope,) = torch.autograd.grad(loss_of_groups.sum(), sums)
         used = group[rows].unique()
         distance = 0.0
         for part in parts:
@@ -208,8 +210,8 @@ class TDMR1:
                 loss.backward()
             distance += float(gap.detach().sum()) / len(rows)
         return {
-            "surrogate/loss": float(nn.functional.softplus(config.beta * sums[used]).mean()),
-            "surrogate/saturation": float(losses.saturation(config.beta * sums[used])),
+            "surrogate/loss": float(loss_of_groups[used].detach().mean()),
+            "surrogate/saturation": float(losses.saturation(config.beta * sums[used].detach())),
             "surrogate/distance_from_reference": distance,
         }
 
@@ -220,10 +222,10 @@ class TDMR1:
         v_ref = self._reference_velocity(x_t, t, c)
         with self.roles.use(Role.SURROGATE) as velocity:
             v_phi = velocity(x_t, t, c)
-        gap = losses.denoising(v_phi, x_t, eps, s, t) - losses.denoising(v_ref, x_t, eps, s, t)
+        loss_phi, loss_ref = (losses.denoising(v, x_t, eps, s, t) for v in (v_phi, v_ref))
         if self.config.trust_region == "clip":
-            gap = gap.clamp(-self.config.clip, self.config.clip)
-        terms = (1 - s) * advantage[part] * gap / self.group_size
+            loss_phi = loss_ref + (loss_phi - loss_ref).clamp(-self.config.clip, self.config.clip)
+        terms = losses.preference_terms(loss_phi, loss_ref, advantage[part], 1 - s) / self.group_size
         return terms, (v_phi - v_ref).square().flatten(1).mean(1)
 
     @torch.no_grad()  # the reference is never trained by gradient

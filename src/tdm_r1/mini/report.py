@@ -110,7 +110,7 @@ def markdown(results: Mapping) -> str:
     lines = [
         "# Results on the mini model",
         "",
-        "Written by `tdm-r1 mini study RECIPE` from `mini.json`; do not edit by hand. Each cell is the mean over seeds,",
+        "Written by `tdm-r1 mini study RECIPE` from `mini.json`; not edited by hand. Each cell is the mean over seeds,",
         "with the standard deviation over seeds where there are several. The noise floor is the standard deviation of",
         "the 4-step student's figure over fresh evaluation noise.",
     ]

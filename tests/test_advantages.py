@@ -1,0 +1,41 @@
+"""Group advantages, with missing scores and groups without signal."""
+
+import math
+
+import torch
+
+from tdm_r1.advantages import group_advantages
+
+
+def test_standardised_inside_each_group():
+    out = group_advantages(torch.tensor([[1.0, 2.0, 3.0], [10.0, 10.0, 40.0]]))
+    torch.testing.assert_close(out.advantage.mean(1), torch.zeros(2))
+    torch.testing.assert_close(out.advantage.square().mean(1), torch.ones(2))
+    torch.testing.assert_close(out.advantage[1], torch.tensor([-(0.5**0.5), -(0.5**0.5), 2**0.5]))
+    assert out.skipped_groups == 0
+
+
+def test_group_without_spread_is_skipped_and_counted():
+    out = group_advantages(torch.tensor([[0.5, 0.5, 0.5], [0.0, 1.0, 0.0]]))
+    assert out.skipped_groups == 1
+    assert not out.advantage[0].any()
+    assert not out.used[0].any()
+
+
+def test_missing_scores_are_masked_not_zero():
+    with_missing = group_advantages(torch.tensor([[1.0, math.nan, 3.0, 5.0]]))
+    without = group_advantages(torch.tensor([[1.0, 3.0, 5.0]]))
+    torch.testing.assert_close(with_missing.advantage[:, [0, 2, 3]], without.advantage)
+    assert with_missing.advantage[0, 1] == 0
+    assert with_missing.used.tolist() == [[True, False, True, True]]
+
+
+def test_group_with_too_few_scores_is_skipped():
+    out = group_advantages(torch.tensor([[1.0, math.nan, math.nan], [math.nan] * 3]))
+    assert out.skipped_groups == 2
+    assert bool(out.advantage.isfinite().all())
+
+
+def test_shift_and_scale_of_the_reward_change_nothing():
+    r = torch.rand(3, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(group_advantages(r).advantage, group_advantages(100 + 7 * r).advantage, atol=1e-3, rtol=0)
