@@ -47,12 +47,12 @@ class FewStepModel:
         device: str = "auto",
     ) -> None:
         folder = bundle.bundle_path() / bundle.STUDENT_LORA if lora == "mini" else lora and Path(lora)
+        settings = lora_settings(folder) if folder else LoraConfig(r=1, target_modules=["to_q"])
         model = ModelConfig(path=path, max_sequence_length=max_sequence_length)
         resolved, _, _, length = resolve_model(model)
         self.backbone: SD3Backbone = load_backbone(
             resolved, max_sequence_length=length, dtype=torch.float32, device=resolve_device(device)
         )
-        settings = lora_settings(folder) if folder else LoraConfig(r=1, target_modules=["to_q"])
         self.roles: Roles = lora_roles(self.backbone, settings, (Role.GENERATOR,))
         if folder:
             load_lora(self.roles, (Role.GENERATOR,), folder, settings)

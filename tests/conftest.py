@@ -1,0 +1,49 @@
+"""A tiny, randomly initialised mini model of the same classes as the bundled one, and short runs on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tdm_r1.config import RunConfig, load_recipe
+from tdm_r1.mini import autoencoder, build, features, pretrain, text
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline folder whose weights are random, none of them zero, so that every path carries gradient."""
+    torch.manual_seed(0)
+    tokenizer = text.build_tokenizer()
+    model = pretrain.MiniBase(tokenizer)
+    weights = {k: torch.where(v == 0, 0.02 * torch.randn_like(v), v) for k, v in model.state_dict().items()}
+    folder = tmp_path_factory.mktemp("models") / "random"
+    build.assemble(folder, autoencoder.build_autoencoder(), tokenizer, model, weights)
+    features.save_features(features.FeatureNet(), folder / "features.safetensors")
+    return folder
+
+
+@pytest.fixture
+def tiny_config(random_model: Path, tmp_path: Path) -> Callable[..., RunConfig]:
+    """Makes the demo's recipe tiny and points it at the random model; nested settings as dicts."""
+
+    def make(**changes) -> RunConfig:
+        values = load_recipe("mini").model_dump()
+        values |= {"iterations": 2, "save_every": 1, "output": tmp_path, "reward": f"{__file__}:left_brightness"}
+        values["model"] |= {"path": str(random_model), "student_lora": None, "max_sequence_length": 1}
+        values["batch"] = {"prompts": 3, "group": 4, "micro_batch": 12}
+        values["evaluation"] |= {"every": 0, "prompts": 6, "images_per_prompt": 2, "grid_prompts": 2}
+        for key, value in changes.items():
+            values[key] = values[key] | value if isinstance(value, dict) else value
+        return RunConfig.model_validate(values)
+
+    return make
+
+
+def left_brightness(images, prompts, metadata):
+    """A reward that no picture ties on: mean of the left half."""
+    return images[:, :, :32].mean((1, 2, 3)) / 255.0

@@ -1,0 +1,178 @@
+"""Configuration, command line, rewards, checkpoints: what users touch, and how it fails."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from tdm_r1 import cli, rewards
+from tdm_r1.checkpoint import load_state, save_state
+from tdm_r1.config import RunConfig, dump, load_recipe, validate
+from tdm_r1.errors import UserError
+from tdm_r1.recipes import recipe_names
+from tdm_r1.tasks import Prompt, PromptFileTask
+
+SOURCE = Path(__file__).parent.parent / "src" / "tdm_r1"
+
+# ------------------------------------------------------------------------------------------ configuration
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_recipes_resolve_and_round_trip(name: str, tmp_path: Path):
+    config = load_recipe(name)
+    (tmp_path / "config.yaml").write_text(dump(config))
+    assert load_recipe(str(tmp_path)) == config
+    assert load_recipe(str(tmp_path / "config.yaml")) == config
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"surrogate": {"draw": 2}}, r"unknown setting surrogate\.draw = 2"),
+        ({"iterations": 0}, "iterations = 0: .*greater than or equal to 1"),
+        ({"batch": {"group": 1}}, r"batch\.group = 1: TDM-R1 compares samples"),
+        ({"batch": {"prompts": 1}}, r"holdout_groups = 1 leaves none of batch\.prompts = 1"),
+        ({"task": {"name": "prompts"}}, r"task\.name = 'prompts' with task\.prompts = None"),
+        ({"surrogate": {"loss": "dpo"}}, r"surrogate\.loss = 'dpo': .*'anchored' or 'preference'"),
+    ],
+)
+def test_bad_configuration_names_field_value_and_fix(values: dict, message: str):
+    with pytest.raises(UserError, match=message) as error:
+        validate(values)
+    assert "\n" not in str(error.value)
+
+
+def test_every_setting_is_read_somewhere():
+    """A key that nobody reads is a lie: each field's name is used as an attribute outside its definition."""
+    code = "\n".join(p.read_text() for p in SOURCE.rglob("*.py"))
+
+    def fields(model: type) -> set[str]:
+        names = set()
+        for name, info in model.model_fields.items():  # type: ignore[attr-defined]
+            names.add(name)
+            if hasattr(info.annotation, "model_fields"):
+                names |= fields(info.annotation)
+        return names
+
+    from tdm_r1.mini.build import MiniConfig
+
+    unread = {n for n in fields(RunConfig) | fields(MiniConfig) if f".{n}" not in code}
+    assert unread == set()
+
+
+# ------------------------------------------------------------------------------------------ command line
+
+
+def test_dry_run_prints_the_resolved_configuration(capsys):
+    assert cli.main(["train", "mini", "--dry-run", "--surrogate.draws", "7", "--reward", "mine.py:f"]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["surrogate"]["draws"] == 7
+    assert printed["reward"] == "mine.py:f"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["train", "nothing"], "recipe 'nothing' is neither a run's folder, nor a YAML file, nor one of: mini"),
+        (["fly"], "unknown command 'fly'"),
+        (["distill", "mini", "--dry-run"], "distill wants a recipe of tdm"),
+        (["train", "mini", "--reward", "nobody"], "reward = 'nobody' is not known: use one of mini"),
+        (["train", "mini", "--reward", "gone.py:f"], "no such file 'gone.py'"),
+        (["train", "mini", "--task.name", "prompts"], "a file of prompts goes with task.name = prompts"),
+        (["train", "mini", "--task.name", "prompts", "--task.prompts", "gone.txt"], "no such file"),
+        (["sample", "--prompt", "a circle", "--lora", "gone"], "no LoRA at 'gone'"),
+    ],
+)
+def test_errors_are_one_line(args: list[str], message: str, capsys, tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    try:
+        assert cli.main(args) == 2
+    except SystemExit as stop:  # tyro prints its own box for what does not parse
+        assert stop.code == 2  # noqa: PT017
+    error = capsys.readouterr().err
+    assert message in " ".join(error.replace("│", " ").split())
+    assert not list(tmp_path.iterdir())  # nothing was written
+
+
+def test_unknown_flag_fails(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", "mini", "--surrogate.drows", "2"])
+    assert stop.value.code == 2
+    assert "--surrogate.draws" in capsys.readouterr().err  # the near miss is named
+
+
+def test_help_lists_commands_and_recipes(capsys):
+    assert cli.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(word in text for word in ("train", "distill", "sample", "eval", "mini path", *recipe_names()))
+
+
+# ------------------------------------------------------------------------------------------ rewards and tasks
+
+
+def test_users_own_reward(tmp_path: Path):
+    path = tmp_path / "mine.py"
+    path.write_text("def brightness(images, prompts, metadata):\n    return images.mean((1, 2, 3)) / 255\n")
+    reward = rewards.load_reward(f"{path}:brightness")
+    images = np.stack([np.full((4, 4, 3), v, np.uint8) for v in (0, 255)])
+    assert rewards.score(reward, images, [Prompt("a"), Prompt("b")]).tolist() == [0.0, 1.0]
+    with pytest.raises(ValueError, match="has no function 'darkness'; it has: brightness"):
+        rewards.load_reward(f"{path}:darkness")
+
+
+def test_missing_scores_become_nan_and_wrong_lengths_fail():
+    images = np.zeros((3, 4, 4, 3), np.uint8)
+    prompts = [Prompt("a")] * 3
+    scores = rewards.score(lambda i, p, m: [None, math.inf, 0.5], images, prompts)
+    assert scores.isnan().tolist() == [True, True, False]
+    with pytest.raises(ValueError, match="2 scores for 3 pictures"):
+        rewards.score(lambda i, p, m: [0.0, 1.0], images, prompts)
+
+
+def test_prompt_files(tmp_path: Path):
+    text = tmp_path / "a.txt"
+    text.write_text("a cat\n\na dog\n")
+    assert [p.text for p in PromptFileTask(text).eval_prompts(3)] == ["a cat", "a dog", "a cat"]
+    rows = tmp_path / "a.jsonl"
+    rows.write_text(json.dumps({"prompt": "a cat", "count": 2}) + "\n")
+    assert PromptFileTask(rows).eval_prompts(1)[0].metadata == {"count": 2}
+    rows.write_text('{"text": "a cat"}\n')
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: expected a JSON object with a 'prompt'"):
+        PromptFileTask(rows)
+    text.write_text("\n")
+    with pytest.raises(ValueError, match="holds no prompts"):
+        PromptFileTask(text)
+
+
+# ------------------------------------------------------------------------------------------ checkpoints
+
+
+def test_checkpoint_round_trip(tmp_path: Path):
+    state = {
+        "a": {0: torch.arange(3), "x": [torch.ones(2, dtype=torch.bfloat16), 1.5, None, True, "text"]},
+        "same": torch.zeros(2),
+    }
+    state["again"] = state["same"]  # shared storage
+    save_state(tmp_path / "c.safetensors", state)
+    loaded = load_state(tmp_path / "c.safetensors")
+    assert loaded["a"][0].tolist() == [0, 1, 2]
+    assert loaded["a"]["x"][0].dtype == torch.bfloat16
+    assert loaded["a"]["x"][1:] == [1.5, None, True, "text"]
+    assert [p.name for p in tmp_path.iterdir()] == ["c.safetensors"]
+
+
+def test_checkpoint_refuses_other_things(tmp_path: Path):
+    from safetensors.torch import save_file
+
+    with pytest.raises(TypeError, match="only tensors and plain values"):
+        save_state(tmp_path / "c.safetensors", {"f": object()})
+    assert not list(tmp_path.iterdir())
+    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="not a tdm-r1 checkpoint"):
+        load_state(tmp_path / "other.safetensors")

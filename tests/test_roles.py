@@ -1,0 +1,147 @@
+"""Switching roles: isolation, restoration, gradients, starts and averages."""
+
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from tdm_r1.backbones import SD3Backbone, load_backbone
+from tdm_r1.config import LORA_TARGETS
+from tdm_r1.roles import Role, Roles, full_roles, load_lora, lora_roles
+
+OWN = (Role.GENERATOR, Role.GENERATOR_EMA, Role.FAKE, Role.SURROGATE, Role.REFERENCE)
+
+
+def lora(rank: int = 4) -> LoraConfig:
+    return LoraConfig(r=rank, lora_alpha=2 * rank, init_lora_weights="gaussian", target_modules=list(LORA_TARGETS))
+
+
+def load(path: Path) -> SD3Backbone:
+    return load_backbone(str(path), max_sequence_length=1, dtype=torch.float32, device="cpu")
+
+
+def cast(kind: str, path: Path) -> tuple[Roles, SD3Backbone]:
+    backbone = load(path)
+    return (lora_roles(backbone, lora(), OWN) if kind == "lora" else full_roles(backbone, OWN)), backbone
+
+
+def inputs(backbone: SD3Backbone, n: int = 2):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(n, *backbone.latent_shape, generator=g)
+    return x, torch.full((n,), 0.6), backbone.encode(["a red circle", "two crosses"][:n])
+
+
+def disturb(roles: Roles, role: Role) -> None:
+    with torch.no_grad():
+        for p in roles.parameters(role):
+            p.add_(0.05 * torch.ones_like(p))
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_every_role_starts_as_the_teacher_and_differs_once_trained(kind: str, random_model: Path):
+    roles, backbone = cast(kind, random_model)
+    args = inputs(backbone)
+    with torch.no_grad(), roles.use(Role.TEACHER) as velocity:
+        teacher = velocity(*args)
+    for role in OWN:
+        with torch.no_grad(), roles.use(role) as velocity:
+            torch.testing.assert_close(velocity(*args), teacher, rtol=0, atol=0)
+    disturb(roles, Role.FAKE)
+    for role, changed in [(Role.FAKE, True), (Role.GENERATOR, False), (Role.TEACHER, False)]:
+        with torch.no_grad(), roles.use(role) as velocity:
+            assert bool((velocity(*args) != teacher).any()) == changed
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_step_of_one_role_leaves_every_other_parameter_bitwise_alone(kind: str, random_model: Path):
+    roles, backbone = cast(kind, random_model)
+    before = {role: roles.state(role) for role in OWN}
+    base = {n: p.detach().clone() for n, p in backbone.transformer.named_parameters() if "lora" not in n}
+    optimizer = torch.optim.SGD(roles.parameters(Role.SURROGATE), lr=1.0)
+    with roles.use(Role.SURROGATE) as velocity:
+        velocity(*inputs(backbone)).square().mean().backward()
+    optimizer.step()
+    for role in OWN:
+        same = all(torch.equal(p, before[role][n]) for n, p in roles.weights(role).items())
+        assert same == (role is not Role.SURROGATE), role
+    assert all(torch.equal(p, base[n]) for n, p in backbone.transformer.named_parameters() if n in base)
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_gradients_survive_visits_to_every_other_role(kind: str, random_model: Path):
+    """Also when the backward runs after the switch, which peft's own flags would drop."""
+    roles, backbone = cast(kind, random_model)
+    for trained, visited in product((Role.GENERATOR, Role.FAKE, Role.SURROGATE), (*OWN, Role.TEACHER)):
+        disturb(roles, trained)  # B starts at zero, where A has no gradient
+        with roles.use(trained) as velocity:
+            loss = velocity(*inputs(backbone)).square().mean()
+        with torch.no_grad(), roles.use(visited) as velocity:
+            velocity(*inputs(backbone))
+        loss.backward()
+        parameters = roles.parameters(trained)
+        assert all(p.grad is not None for p in parameters) or kind == "full"
+        assert sum(bool(p.grad.any()) for p in parameters if p.grad is not None) > 0.9 * len(parameters)
+        for p in parameters:
+            p.grad = None
+
+
+def test_the_role_before_is_restored_after_an_error(random_model: Path):
+    roles, backbone = cast("lora", random_model)
+    disturb(roles, Role.FAKE)
+    args = inputs(backbone)
+    with torch.no_grad(), roles.use(Role.FAKE) as fake:
+        want = fake(*args)
+        with pytest.raises(RuntimeError, match="inside"), roles.use(Role.GENERATOR):
+            raise RuntimeError("inside")
+        torch.testing.assert_close(fake(*args), want, rtol=0, atol=0)
+
+
+def test_gradient_reaches_only_trained_roles(random_model: Path):
+    roles, _ = cast("lora", random_model)
+    for role in OWN:
+        flags = {p.requires_grad for p in roles.parameters(role)}
+        assert flags == {role in (Role.GENERATOR, Role.FAKE, Role.SURROGATE)}, role
+    with pytest.raises(ValueError, match="frozen backbone"):
+        roles.parameters(Role.TEACHER)
+
+
+def test_average_is_an_exponential_moving_average(random_model: Path):
+    roles, _ = cast("lora", random_model)
+    start = roles.state(Role.REFERENCE)
+    disturb(roles, Role.SURROGATE)
+    roles.average(Role.REFERENCE, Role.SURROGATE, 0.9)
+    for name, p in roles.weights(Role.REFERENCE).items():
+        torch.testing.assert_close(p.detach(), start[name] + 0.1 * 0.05)
+
+
+def test_teacher_on_a_second_backbone_carries_surrogate_and_reference(random_model: Path):
+    student, other = load(random_model), load(random_model)
+    with torch.no_grad():
+        for p in other.transformer.parameters():
+            p.mul_(1.1)
+    roles = lora_roles(student, lora(), OWN, teacher=other)
+    args = inputs(student)
+    out = {}
+    for role in (*OWN, Role.TEACHER):
+        with torch.no_grad(), roles.use(role) as velocity:
+            out[role] = velocity(*args)
+    for role in (Role.SURROGATE, Role.REFERENCE):
+        torch.testing.assert_close(out[role], out[Role.TEACHER], rtol=0, atol=0)
+    for role in (Role.FAKE, Role.GENERATOR_EMA):
+        torch.testing.assert_close(out[role], out[Role.GENERATOR], rtol=0, atol=0)
+    assert bool((out[Role.GENERATOR] != out[Role.TEACHER]).any())
+
+
+def test_lora_round_trip_and_its_errors(random_model: Path, tmp_path: Path):
+    roles, backbone = cast("lora", random_model)
+    disturb(roles, Role.GENERATOR)
+    backbone.save_lora(tmp_path / "saved", roles.state(Role.GENERATOR), lora())
+    load_lora(roles, (Role.FAKE,), tmp_path / "saved", lora())
+    for name, p in roles.weights(Role.FAKE).items():
+        assert torch.equal(p, roles.weights(Role.GENERATOR)[name])
+    with pytest.raises(ValueError, match=r"rank 4.*set model\.lora\.rank to 4"):
+        load_lora(roles, (Role.FAKE,), tmp_path / "saved", lora(rank=8))
+    with pytest.raises(ValueError, match="no LoRA at"):
+        load_lora(roles, (Role.FAKE,), tmp_path / "nowhere", lora())

@@ -1,0 +1,204 @@
+"""Short real runs on a randomly initialised model of the bundled one's classes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+
+from tdm_r1.algorithms.tdm import few_step_sample
+from tdm_r1.config import RunConfig
+from tdm_r1.errors import UserError
+from tdm_r1.roles import Role
+from tdm_r1.sampling import FewStepModel
+from tdm_r1.trainer import Run
+
+Make = Callable[..., RunConfig]
+
+
+def weights(run: Run) -> dict[str, torch.Tensor]:
+    roles = (Role.GENERATOR, Role.GENERATOR_EMA, Role.FAKE, Role.SURROGATE, Role.SURROGATE_EMA, Role.REFERENCE)
+    return {f"{r}/{n}": p for r in roles if r in run.roles for n, p in run.roles.state(r).items()}
+
+
+def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], *, atol: float = 0.0) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"surrogate": {"loss": "preference", "reference": "dynamic"}},
+        {"surrogate": {"loss": "preference", "trust_region": "anchor", "reference": "fake"}, "balance": {"policy": "ratio"}},
+        {"surrogate": {"loss": "preference", "trust_region": "clip"}, "sampler": {"solver": "dpm"}},
+        {"sampler": {"solver": "stochastic"}, "tdm": {"noise_range": "interval"}},
+        {"algorithm": "tdm", "batch": {"group": 1}},
+        {"model": {"roles": "full"}},
+    ],
+    ids=["anchored", "paper", "fake-ratio", "clip-dpm", "stochastic", "tdm", "full"],
+)
+def test_every_variant_trains_every_role_it_should(tiny_config: Make, changes: dict):
+    run = Run(tiny_config(**changes))
+    before = weights(run)
+    first, second = run.step(), run.step()
+    moved = {k.split("/")[0] for k, v in weights(run).items() if not torch.equal(v, before[k])}
+    expected = {"generator", "generator_ema", "fake"}
+    if run.config.algorithm == "tdm_r1":
+        expected |= {"surrogate", "surrogate_ema"}
+        if run.config.surrogate.reference == "dynamic":
+            expected |= {"reference"}
+        assert first["reward/mean"] > 0
+        assert second["generator/reward_part"] > 0
+    assert moved == expected
+    assert all(np.isfinite(v) or k == "surrogate/direction_cosine" for k, v in first.items())
+
+
+@pytest.mark.parametrize("loss", ["anchored", "preference"])
+def test_micro_batches_change_nothing(tiny_config: Make, loss: str):
+    """Also where a group (4) is larger than a micro-batch (3): the group sum stands inside the sigmoid."""
+    whole, parts = (
+        Run(tiny_config(surrogate={"loss": loss, "beta": 1000.0}, batch={"micro_batch": n})) for n in (12, 3)
+    )
+    for run in (whole, parts):
+        # SGD in place of Adam: Adam turns rounding errors of tiny gradients into whole steps
+        for optimizer in (run.algorithm.surrogate, *run.algorithm.tdm.optimizers.values()):
+            optimizer.adamw = torch.optim.SGD(optimizer.parameters, lr=1e-2)
+        a = run.step()
+        assert a["surrogate/grad_norm"] > 0
+    assert_equal(weights(whole), weights(parts), atol=2e-6)
+
+
+def test_resume_is_exact(tiny_config: Make):
+    straight = Run(tiny_config(name="straight", iterations=3))
+    straight.fit()
+    first = Run(tiny_config(name="broken", iterations=3))
+    first._open(resume=False)
+    first.step()
+    first.save()
+    first._log({"x": 1.0})
+    first.iteration = 2
+    first._log({"x": 2.0})  # written after the checkpoint, as a crash would leave it
+    second = Run(tiny_config(name="broken", iterations=3))
+    second.fit(resume=True)
+    assert_equal(weights(straight), weights(second))
+    rows = [json.loads(line) for line in (second.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [r["iteration"] for r in rows if r.get("x") == 2.0] == []
+    assert rows[-1]["scored"] == 3 * 12
+
+
+def test_interrupt_finishes_the_iteration_saves_and_says_how_to_resume(tiny_config: Make, capsys):
+    run = Run(tiny_config(iterations=50))
+    step = run.step
+
+    def interrupted_step():
+        metrics = step()
+        os.kill(os.getpid(), signal.SIGINT)
+        return metrics
+
+    run.step = interrupted_step  # type: ignore[method-assign]
+    run.fit()
+    assert run.iteration == 1
+    assert [p.name for p in run.checkpoints()] == ["iteration_000001.safetensors"]
+    assert "--resume" in capsys.readouterr().out
+    again = Run(tiny_config(iterations=2))
+    with pytest.raises(UserError, match="already holds a run"):
+        again.fit()
+    again.fit(resume=True)
+    assert again.iteration == 2
+
+
+def test_run_folder_and_plain_diffusers_load_the_lora(tiny_config: Make, random_model: Path):
+    """The exported LoRA, loaded by diffusers at scale 1.0, samples the run's own pictures."""
+    config = tiny_config(tdm={"generator": {"learning_rate": 0.02}, "generator_ema_decay": 0.0})
+    run = Run(config)
+    run.fit()
+    for name in ("config.yaml", "versions.json", "metrics.jsonl", "curves.png", "grids/iteration_000002.png"):
+        assert (run.folder / name).stat().st_size > 0, name
+    assert not list(run.folder.rglob("*.partial"))
+
+    pipeline = StableDiffusion3Pipeline.from_pretrained(random_model)
+    pipeline.set_progress_bar_config(disable=True)
+    prompts = ["a red circle", "two crosses"]
+    x_1 = torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def plain() -> np.ndarray:
+        return pipeline(
+            prompts,
+            num_inference_steps=4,
+            sigmas=[1.0, 0.75, 0.5, 0.25],  # the scheduler's own shift of 3 makes them 1, .9, .75, .5
+            guidance_scale=1.0,
+            max_sequence_length=1,
+            latents=x_1.clone(),
+            output_type="np",
+        ).images
+
+    base = plain()
+    pipeline.load_lora_weights(run.folder / "lora")
+    tuned = plain()
+    c = run.embed(prompts)
+    with torch.no_grad():
+        latents = few_step_sample(run.roles, Role.GENERATOR_EMA, c, x_1, config.sampler, None).final
+    ours = run.backbone.decode(latents)
+    assert np.abs(tuned - base).max() > 0.02  # the LoRA does something
+    assert np.abs(ours / 255.0 - tuned).max() < 2.5 / 255  # and it is the run's own
+
+    model = FewStepModel(str(random_model), run.folder / "lora", max_sequence_length=1)
+    pictures = model(prompts, seed=0)
+    assert np.abs(pictures.astype(int) - ours).max() <= 2
+
+
+def test_prompts_are_embedded_as_the_pipeline_does(random_model: Path):
+    """Pretraining's own encoder call equals `encode_prompt`, with a T5 that is zero and without any."""
+    from tdm_r1.mini import text
+
+    prompts = ["a red circle left of a blue square", ""]
+    with_t5 = StableDiffusion3Pipeline.from_pretrained(random_model)
+    without = StableDiffusion3Pipeline.from_pretrained(random_model, text_encoder_3=None, tokenizer_3=None)
+    with torch.no_grad():
+        ours = text.encode(
+            [with_t5.text_encoder, with_t5.text_encoder_2], text.token_ids(with_t5.tokenizer, prompts)
+        )
+        for pipeline in (with_t5, without):
+            embeds, _, pooled, _ = pipeline.encode_prompt(
+                prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=1
+            )
+            torch.testing.assert_close(embeds, ours[0])
+            torch.testing.assert_close(pooled, ours[1])
+
+
+def test_prompt_file_and_missing_scores(tiny_config: Make, tmp_path: Path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "a red circle", "target": 0.3}\n{"prompt": "a blue cross", "target": 0.9}\n')
+    reward = tmp_path / "flaky.py"
+    reward.write_text(
+        "def near(images, prompts, metadata):\n"
+        "    out = [-abs(float(i.mean()) / 255 - m['target']) for i, m in zip(images, metadata)]\n"
+        "    out[0] = None\n"
+        "    return out\n"
+    )
+    run = Run(tiny_config(task={"name": "prompts", "prompts": prompts}, reward=f"{reward}:near"))
+    metrics = run.step()
+    assert metrics["reward/missing"] == 1
+    assert metrics["reward/skipped_groups"] == 0
+    result = run.evaluator()(run.few_step())
+    assert set(result.metrics) == {"reward", "reward_missing", "network_evaluations", "images_per_second"}
+
+
+def test_a_constant_reward_changes_no_surrogate(tiny_config: Make, tmp_path: Path):
+    reward = tmp_path / "constant.py"
+    reward.write_text("def one(images, prompts, metadata):\n    return [1.0] * len(images)\n")
+    run = Run(tiny_config(reward=f"{reward}:one"))
+    before = run.roles.state(Role.SURROGATE)
+    metrics = run.step()
+    assert metrics["reward/skipped_groups"] == 3
+    assert all(torch.equal(p, before[n]) for n, p in run.roles.weights(Role.SURROGATE).items())
