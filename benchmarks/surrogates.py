@@ -41,7 +41,7 @@ def main() -> None:
     for recipe in args.recipes:
         config = _seeded(recipe, args.seed, args.output, "surrogates")
         if args.iterations:
-            config = config.model_copy(update={"iterations": args.iterations})
+            config = config.override({"iterations": args.iterations})
         record = reinforce(config, Console())
         rows = [json.loads(r) for r in (config.output / config.name / "metrics.jsonl").read_text().splitlines()]
         last = rows[-max(len(rows) // 4, 1) :]  # the last quarter
@@ -72,7 +72,9 @@ def markdown(results: dict) -> str:
     for metric in SHOWN:
         after = " | ".join(f"{results[n]['after'].get(metric, float('nan')):.3f}" for n in names)
         lines.append(f"| {metric} | {start[metric]:.3f} | {after} |")
-    lines.append("| reward evaluations | | " + " | ".join(f"{results[n]['reward_evaluations']:,}" for n in names) + " |")
+    lines.append(
+        "| reward evaluations | | " + " | ".join(f"{results[n]['reward_evaluations']:,}" for n in names) + " |"
+    )
     for metric in DIAGNOSTICS:
         values = " | ".join(str(results[n]["diagnostics"].get(metric, "")) for n in names)
         lines.append(f"| {metric} | | {values} |")

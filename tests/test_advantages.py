@@ -38,4 +38,20 @@ def test_group_with_too_few_scores_is_skipped():
 
 def test_shift_and_scale_of_the_reward_change_nothing():
     r = torch.rand(3, 8, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(group_advantages(r).advantage, group_advantages(100 + 7 * r).advantage, atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        group_advantages(r).advantage, group_advantages(100 + 7 * r).advantage, atol=1e-3, rtol=0
+    )
+
+
+def test_extremes_of_a_group():
+    r = torch.tensor([[0.0, 5.0, 1.0, 4.0, 2.0, 3.0], [math.nan, 9.0, 1.0, 5.0, 4.0, 3.0]])
+    out = group_advantages(r, keep=4)
+    assert out.used.tolist() == [
+        [True, True, True, True, False, False],
+        [False, True, True, True, False, True],
+    ]
+    torch.testing.assert_close(out.advantage.sum(1), torch.zeros(2), atol=1e-6, rtol=0)
+    assert not out.advantage[~out.used].any()
+    order = out.advantage[0, [0, 2, 3, 1]]
+    assert bool((order.diff() > 0).all())
+    torch.testing.assert_close(group_advantages(r, keep=6).advantage, group_advantages(r).advantage)

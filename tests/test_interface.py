@@ -37,7 +37,6 @@ def test_recipes_resolve_and_round_trip(name: str, tmp_path: Path):
         ({"surrogate": {"draw": 2}}, r"unknown setting surrogate\.draw = 2"),
         ({"iterations": 0}, "iterations = 0: .*greater than or equal to 1"),
         ({"batch": {"group": 1}}, r"batch\.group = 1: TDM-R1 compares samples"),
-        ({"batch": {"prompts": 1}}, r"holdout_groups = 1 leaves none of batch\.prompts = 1"),
         ({"task": {"name": "prompts"}}, r"task\.name = 'prompts' with task\.prompts = None"),
         ({"surrogate": {"loss": "dpo"}}, r"surrogate\.loss = 'dpo': .*'anchored' or 'preference'"),
     ],

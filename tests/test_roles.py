@@ -145,3 +145,27 @@ def test_lora_round_trip_and_its_errors(random_model: Path, tmp_path: Path):
         load_lora(roles, (Role.FAKE,), tmp_path / "saved", lora(rank=8))
     with pytest.raises(ValueError, match="no LoRA at"):
         load_lora(roles, (Role.FAKE,), tmp_path / "nowhere", lora())
+
+
+def test_merged_roles_are_the_same_roles(random_model: Path):
+    """Merging changes rounding alone, follows updates, nests, and leaves the base bitwise as it was."""
+    backbone = load(random_model)
+    roles = lora_roles(backbone, lora(), OWN, merge=True)
+    base = {n: p.detach().clone() for n, p in backbone.transformer.named_parameters() if "lora" not in n}
+    args = inputs(backbone)
+    for _ in range(2):
+        disturb(roles, Role.FAKE)
+        with roles.use(Role.FAKE) as velocity:
+            want = velocity(*args).detach()
+        with torch.no_grad(), roles.use(Role.GENERATOR) as other:
+            generator = other(*args)
+            with roles.use(Role.FAKE) as velocity:
+                torch.testing.assert_close(velocity(*args), want, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(other(*args), generator, atol=0, rtol=0)
+    assert bool((want != generator).any())
+    with roles.use(Role.SURROGATE) as velocity:  # a visit without gradient inside a graph leaves the graph right
+        loss = velocity(*args).square().mean()
+        with torch.no_grad(), roles.use(Role.FAKE) as fake:
+            fake(*args)
+        loss.backward()
+    assert all(torch.equal(p, base[n]) for n, p in backbone.transformer.named_parameters() if n in base)

@@ -39,7 +39,10 @@ def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], *, atol
     [
         {},
         {"surrogate": {"loss": "preference", "reference": "dynamic"}},
-        {"surrogate": {"loss": "preference", "trust_region": "anchor", "reference": "fake"}, "balance": {"policy": "ratio"}},
+        {
+            "surrogate": {"loss": "preference", "trust_region": "anchor", "reference": "fake"},
+            "balance": {"policy": "ratio"},
+        },
         {"surrogate": {"loss": "preference", "trust_region": "clip"}, "sampler": {"solver": "dpm"}},
         {"sampler": {"solver": "stochastic"}, "tdm": {"noise_range": "interval"}},
         {"algorithm": "tdm", "batch": {"group": 1}},
@@ -165,9 +168,7 @@ def test_prompts_are_embedded_as_the_pipeline_does(random_model: Path):
     with_t5 = StableDiffusion3Pipeline.from_pretrained(random_model)
     without = StableDiffusion3Pipeline.from_pretrained(random_model, text_encoder_3=None, tokenizer_3=None)
     with torch.no_grad():
-        ours = text.encode(
-            [with_t5.text_encoder, with_t5.text_encoder_2], text.token_ids(with_t5.tokenizer, prompts)
-        )
+        ours = text.encode([with_t5.text_encoder, with_t5.text_encoder_2], text.token_ids(with_t5.tokenizer, prompts))
         for pipeline in (with_t5, without):
             embeds, _, pooled, _ = pipeline.encode_prompt(
                 prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=1

@@ -1,5 +1,7 @@
 """Few-step solvers against closed forms and against diffusers' schedulers on the same sigmas."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -30,7 +32,7 @@ def error(solver: solvers.Solver, steps: int) -> float:
 @pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("dpm", 2)])
 def test_order_of_convergence(solver: solvers.Solver, order: int):
     errors = [error(solver, n) for n in (40, 80, 160)]
-    rates = [np.log2(a / b) for a, b in zip(errors, errors[1:], strict=False)]
+    rates = [np.log2(a / b) for a, b in pairwise(errors)]
     assert all(abs(rate - order) < 0.25 for rate in rates), rates
 
 

@@ -1,6 +1,7 @@
-"""The generator's directions in a world with exact scores: Eq. 2 is the gradient of the KL, Eq. 10 raises the reward."""
+"""The generator's directions in a world with exact scores: Eq. 2 is the KL's gradient, Eq. 10 raises the reward."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from tdm_r1.toy import GaussianMixture
 
 D = torch.float64
 TEACHER = GaussianMixture(
-    torch.tensor([0.3, 0.7], dtype=D), torch.tensor([[2.0, 0.0], [-1.0, 1.0]], dtype=D), torch.tensor([0.5, 0.8], dtype=D)
+    torch.tensor([0.3, 0.7], dtype=D),
+    torch.tensor([[2.0, 0.0], [-1.0, 1.0]], dtype=D),
+    torch.tensor([0.5, 0.8], dtype=D),
 )
 
 
@@ -124,7 +127,7 @@ def test_reward_direction_raises_an_analytic_reward():
         optimizer.zero_grad()
         losses.follow(x_0, direction).mean().backward()
         optimizer.step()
-    assert all(b > a for a, b in zip(rewards, rewards[1:], strict=False)), rewards
+    assert all(b > a for a, b in pairwise(rewards)), rewards
     assert rewards[-1] > rewards[0] + 0.3
 
 

@@ -70,6 +70,7 @@ class SD3Backbone:
         self.decode_batch = decode_batch
         size = pipeline.transformer.config.sample_size
         self.latent_shape = (pipeline.transformer.config.in_channels, size, size)
+        pipeline.vae.to(memory_format=torch.channels_last)  # convolutions are a quarter faster on CPUs
         for name in ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"):
             module = getattr(pipeline, name, None)
             if module is not None:
@@ -109,7 +110,9 @@ class SD3Backbone:
         vae = self.pipeline.vae
         chunks = []
         for part in latents.split(self.decode_batch):
-            z = (part / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)).to(vae.dtype)
+            z = (part / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)).to(
+                vae.dtype, memory_format=torch.channels_last
+            )
             image = vae.decode(z, return_dict=False)[0]
             image = (image.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
             chunks.append((image.cpu().numpy() * 255).round().astype(np.uint8))  # as VaeImageProcessor does

@@ -87,6 +87,16 @@ class Study:
     output: Path = Path("runs")
 
 
+@dataclass
+class Bundle:
+    """Puts a distilled run's LoRAs beside a mini pipeline folder, so that TDM_R1_MINI can point to it."""
+
+    run: Positional[Path]
+    """The folder of a finished `tdm-r1 distill mini_distill` run."""
+    model: Path = Path("runs/mini_pretrain/model")
+    """The pipeline folder that `tdm-r1 mini pretrain` wrote."""
+
+
 def main(argv: list[str] | None = None) -> int:
     """The entry point. Errors that a user can mend are one line on stderr and exit code 2."""
     args = list(sys.argv[1:] if argv is None else argv)
@@ -133,6 +143,7 @@ def _dispatch(args: list[str]) -> int:
         "mini demo": _demo,
         "mini study": _study,
         "mini pretrain": _pretrain,
+        "mini bundle": _bundle,
         "mini path": _path,
     }
     if name in commands:
@@ -154,6 +165,7 @@ def _usage() -> str:
   mini demo        the main job on the bundled mini model, with a before/after table and picture
   mini study       the same over seeds, filed in docs/results
   mini pretrain    make the mini base model from a seed
+  mini bundle RUN  put a distilled run's LoRAs beside a pretrained mini model
   mini path        print the folder of the bundled model
 
 recipes: {", ".join(recipe_names())}; or a YAML file; or a run's folder (with --resume)"""
@@ -228,7 +240,7 @@ def _seeded(recipe: str, seed: int, output: Path, purpose: str) -> RunConfig:
     while (output / name).exists():
         name = f"{purpose}_{recipe}_seed{seed}_{number}"
         number += 1
-    return config.model_copy(update={"seed": seed, "output": output, "name": name})
+    return config.override({"seed": seed, "output": output, "name": name})
 
 
 def _pretrain(args: list[str]) -> int:
@@ -236,6 +248,15 @@ def _pretrain(args: list[str]) -> int:
 
     out = build(tyro.cli(MiniConfig, args=args, prog="tdm-r1 mini pretrain"))
     print(f"Wrote {out}")
+    return 0
+
+
+def _bundle(args: list[str]) -> int:
+    command = tyro.cli(Bundle, args=args, prog="tdm-r1 mini bundle")
+    from .mini.build import bundle_student
+
+    bundle_student(command.run, command.model)
+    print(f"Wrote the 4-step LoRAs into {command.model}")
     return 0
 
 

@@ -46,6 +46,9 @@ class ModelConfig(BaseModel):
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Of the frozen backbone.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     roles: Literal["lora", "full"] = Field("lora", description="Adapters on one backbone, or a copy for each role.")
+    merge: bool = Field(
+        False, description="Run roles that need no gradient as merged copies: faster for small models, costs memory."
+    )
     lora: LoraSettings = LoraSettings()
 
 
@@ -67,7 +70,10 @@ class BatchConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     prompts: int = Field(8, ge=1, description="Prompts (groups) an iteration. Ours.")
-    group: int = Field(16, ge=1, description="Samples a prompt, G. Published: 24.")
+    group: int = Field(24, ge=1, description="Samples a prompt that are scored, G. Published.")
+    trained: int | None = Field(
+        None, ge=1, description="Samples of a group in each update (extremes in the surrogate's); else all of them."
+    )
     micro_batch: int = Field(128, ge=1, description="Samples that go through the network at once; changes no result.")
 
 
@@ -104,16 +110,27 @@ class RunConfig(BaseModel):
     balance: BalanceConfig = BalanceConfig()
     evaluation: EvalConfig = EvalConfig()
 
+    def override(self, settings: dict[str, Any]) -> RunConfig:
+        """A copy with settings changed by dotted name, ``{"surrogate.draws": 2}``. Raises UserError on bad ones."""
+        values = self.model_dump()
+        for name, value in settings.items():
+            *parents, last = name.split(".")
+            place = values
+            for parent in parents:
+                place = place.get(parent) if isinstance(place, dict) else None
+            if not isinstance(place, dict):
+                raise UserError(f"unknown setting {name} = {value!r}: {'.'.join(parents)} is no group of settings")
+            place[last] = value
+        return validate(values)
+
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
-        if self.algorithm == "tdm_r1":
-            if self.batch.group < 2:
-                raise ValueError(f"batch.group = {self.batch.group}: TDM-R1 compares samples of a prompt, give >= 2")
-            if self.surrogate.holdout_groups >= self.batch.prompts:
-                raise ValueError(
-                    f"surrogate.holdout_groups = {self.surrogate.holdout_groups} leaves none of batch.prompts = "
-                    f"{self.batch.prompts} groups to learn from: raise batch.prompts or lower holdout_groups"
-                )
+        if self.algorithm == "tdm_r1" and self.batch.group < 2:
+            raise ValueError(f"batch.group = {self.batch.group}: TDM-R1 compares samples of a prompt, give >= 2")
+        if self.batch.trained is not None and self.batch.trained > self.batch.group:
+            raise ValueError(
+                f"batch.trained = {self.batch.trained} is more than batch.group = {self.batch.group}: lower it"
+            )
         if (self.task.name == "prompts") != (self.task.prompts is not None):
             raise ValueError(
                 f"task.name = {self.task.name!r} with task.prompts = {self.task.prompts}: a file of prompts goes with "

@@ -24,8 +24,8 @@ def _mean(x: Tensor) -> Tensor:
 def denoising(v: Tensor, x_t: Tensor, eps: Tensor, s: Tensor, t: Tensor, *, clamp: float = 0.1) -> Tensor:
     """Eq. 1: denoising of x_t ~ q(x_t | x_s) back to x_s, in its bounded form, [B].
 
-    ``| eps - (sigma_{t,s}/t) eps_hat |^2 / max(1 - t, clamp)^2``, meaned over dimensions: with s = 0 and t below
-    1 - clamp it is the plain velocity error ``|v - (eps - x_0)|^2``, and it stays finite as t -> s, where the
+    ``w(t, s) | eps - (sigma_{t,s}/t) eps_hat |^2``, meaned over dimensions, with `balanced_weight`: with s = 0 and t
+    below 1 - clamp it is the plain velocity error ``|v - (eps - x_0)|^2``, and it stays finite as t -> s, where the
     conditional velocity blows up.
 
     Args:
@@ -34,15 +34,21 @@ def denoising(v: Tensor, x_t: Tensor, eps: Tensor, s: Tensor, t: Tensor, *, clam
         s, t: times [B], 0 <= s <= t < 1.
         clamp: lower bound of 1 - t in the weight.
     """
-    ratio, weight = _bounded(s, t, x_t, clamp)
-    return _mean((weight * (eps - ratio * flow.eps_from_v(v, x_t, t))).square())
+    ratio, weight = balanced_weight(s, t, x_t, clamp)
+    return _mean(weight * (eps - ratio * flow.eps_from_v(v, x_t, t)).square())
 
 
-def _bounded(s: Tensor, t: Tensor, like: Tensor, clamp: float) -> tuple[Tensor, Tensor]:
-    """sigma_{t,s}/t and 1/max(1 - t, clamp), broadcast against ``like``."""
+def balanced_weight(s: Tensor, t: Tensor, like: Tensor, clamp: float) -> tuple[Tensor, Tensor]:
+    """sigma_{t,s}/t, and the weight w(t, s) = 1 / (1 - (sigma_{t,s}/t)^2 + max(1 - t, clamp)^2).
+
+    Near t = s the noise cannot be told from x_t and the residual has variance 1 - ratio^2; with s = 0 it has about
+    (1 - t)^2. The weight is the inverse of their sum, so that draws of every (s, t) are about equally loud: with
+    1 / (1 - t)^2 alone the draws near t = s drown the others (docs/log.md).
+    """
     _, sigma = flow.transition(s, t, like)
     t = flow.expand(t, like)
-    return sigma / t.clamp_min(1e-6), 1 / (1 - t).clamp_min(clamp)
+    ratio = sigma / t.clamp_min(1e-6)
+    return ratio, 1 / (1 - ratio.square() + (1 - t).clamp_min(clamp).square())
 
 
 # ------------------------------------------------------------------------------------------ surrogate
@@ -77,6 +83,7 @@ def group_preference(sums: Tensor, *, beta: float) -> Tensor:
 def anchored_regression(
     v_phi: Tensor,
     v_ref: Tensor,
+    v_base: Tensor,
     x_t: Tensor,
     eps: Tensor,
     s: Tensor,
@@ -86,18 +93,19 @@ def anchored_regression(
     kappa: float = 1.0,
     clamp: float = 0.1,
 ) -> Tensor:
-    """The anchored surrogate (ours): ``| (eps_phi - eps_ref) - kappa A (eps* - eps_ref) |^2``, weighted, [B].
+    """The anchored surrogate (ours): ``| (eps_phi - eps_ref) - kappa A (eps* - eps_base) |^2``, weighted, [B].
 
     At phi = ref the gradient of `group_preference` is beta/2 sum_i A_i grad l_i; adding the trust region
-    ``|eps_phi - eps_ref|^2`` and completing the square gives this regression. Its fixed point is
-    ``eps_phi - eps_ref = kappa E[A (eps* - eps_ref) | x_t]``: by Tweedie's formula the gradient of the expected
-    advantage at that noise level. Convex in eps_phi, without beta, nothing to saturate. The weight is
-    ``((sigma_{t,s}/t) / max(1 - t, clamp))^2``, under which the residual is bounded.
+    ``|eps_phi - eps_ref|^2`` and completing the square gives this regression with eps_base = eps_ref. Its fixed point
+    is ``eps_phi - eps_ref = kappa E[A (eps* - eps_base) | x_t]``: by Tweedie's formula the gradient of the expected
+    advantage at that noise level, exactly so if the baseline is the generator's own denoiser (the fake score); else
+    ``kappa E[A | x_t] (E[eps* | x_t] - eps_base)`` is added. Convex in eps_phi, without beta, nothing to saturate. The
+    weight is ``(sigma_{t,s}/t)^2 w(t, s)`` with `balanced_weight`'s w, under which the residual is bounded.
     """
-    ratio, weight = _bounded(s, t, x_t, clamp)
+    ratio, weight = balanced_weight(s, t, x_t, clamp)
     eps_ref = flow.eps_from_v(v_ref, x_t, t)
-    target = kappa * flow.expand(advantage, x_t) * (eps - ratio * eps_ref)
-    return _mean((weight * (ratio * (flow.eps_from_v(v_phi, x_t, t) - eps_ref) - target)).square())
+    target = kappa * flow.expand(advantage, x_t) * (eps - ratio * flow.eps_from_v(v_base, x_t, t))
+    return _mean(weight * (ratio * (flow.eps_from_v(v_phi, x_t, t) - eps_ref) - target).square())
 
 
 # ------------------------------------------------------------------------------------------ generator

@@ -49,15 +49,27 @@ class Seat:
 
 
 class Roles:
-    """The cast. Build it with `lora_roles` or `full_roles`."""
+    """The cast. Build it with `lora_roles` or `full_roles`.
 
-    def __init__(self, seats: Mapping[Role, Seat], velocity_of: Callable[[nn.Module], Velocity]) -> None:
+    Args:
+        seats: where each role's weights live.
+        velocity_of: the backbone's velocity field of a transformer.
+        merge: without gradients, run an adapter as a merged copy of the weights that it adapts. Faster where the
+            model is small; costs that copy for each role.
+    """
+
+    def __init__(
+        self, seats: Mapping[Role, Seat], velocity_of: Callable[[nn.Module], Velocity], *, merge: bool = False
+    ) -> None:
         self._seats = dict(seats)
         self._velocity_of = velocity_of
+        self._merge = merge
         self._layers = {
             id(seat.transformer): [m for m in seat.transformer.modules() if isinstance(m, BaseTunerLayer)]
             for seat in seats.values()
         }
+        self._base = {key: [layer.base_layer.weight.data for layer in layers] for key, layers in self._layers.items()}
+        self._merged: dict[Seat, tuple[list[int], list[Tensor]]] = {}
         self._adapter: dict[int, str | None] = {}  # the active adapter of each transformer that has adapters
         self._weights = {role: dict(self._named(seat)) for role, seat in self._seats.items()}
         for role, weights in self._weights.items():
@@ -93,12 +105,30 @@ class Roles:
         whichever adapter is active at that moment.
         """
         seat = self._seats[role]
-        before = self._adapter[id(seat.transformer)]
-        self._activate(seat.transformer, seat.adapter)
+        key = id(seat.transformer)
+        before, weights = self._adapter[key], [layer.base_layer.weight.data for layer in self._layers[key]]
+        merge = self._merge and seat.adapter is not None and not torch.is_grad_enabled()
+        self._activate(seat.transformer, None if merge else seat.adapter)
+        self._set_base(key, self._merged_weights(role) if merge else self._base[key])
         try:
             yield self._velocity_of(seat.transformer)
         finally:
+            self._set_base(key, weights)
             self._activate(seat.transformer, before)
+
+    def _set_base(self, key: int, weights: list[Tensor]) -> None:
+        for layer, weight in zip(self._layers[key], weights, strict=True):
+            layer.base_layer.weight.data = weight
+
+    def _merged_weights(self, role: Role) -> list[Tensor]:
+        """The adapted weights of every layer, made again when the adapter has changed."""
+        seat = self._seats[role]
+        key, versions = id(seat.transformer), [p._version for p in self._weights[role].values()]
+        if seat not in self._merged or self._merged[seat][0] != versions:
+            layers = zip(self._layers[key], self._base[key], strict=True)
+            merged = [weight + layer.get_delta_weight(seat.adapter) for layer, weight in layers]
+            self._merged[seat] = (versions, merged)
+        return self._merged[seat][1]
 
     def _activate(self, transformer: nn.Module, adapter: str | None) -> None:
         key = id(transformer)
@@ -161,7 +191,12 @@ class Roles:
 
 
 def lora_roles(
-    student: Backbone, config: LoraConfig, roles: tuple[Role, ...], *, teacher: Backbone | None = None
+    student: Backbone,
+    config: LoraConfig,
+    roles: tuple[Role, ...],
+    *,
+    teacher: Backbone | None = None,
+    merge: bool = False,
 ) -> Roles:
     """Every role but the teacher as a LoRA adapter, all starting at their backbone's own function.
 
@@ -170,6 +205,7 @@ def lora_roles(
         config: the adapters' configuration; they are all alike.
         roles: which roles to cast beside the teacher.
         teacher: a second backbone, for a student whose base weights differ; it carries surrogate and reference too.
+        merge: see `Roles`.
     """
     other = teacher or student
     hosts = {role: student if "generator" in role or role is Role.FAKE else other for role in roles}
@@ -188,7 +224,7 @@ def lora_roles(
         first.setdefault(id(host.transformer), str(role))
     seats = {Role.TEACHER: Seat(other.transformer, None)}
     seats |= {role: Seat(host.transformer, str(role)) for role, host in hosts.items()}
-    return Roles(seats, student.velocity_of)
+    return Roles(seats, student.velocity_of, merge=merge)
 
 
 def full_roles(student: Backbone, roles: tuple[Role, ...], *, teacher: Backbone | None = None) -> Roles:

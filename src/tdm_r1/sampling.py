@@ -91,10 +91,8 @@ def eval_command(command: Eval) -> None:
     """`tdm-r1 eval`: a column for the many-step base at each guidance, then one for each LoRA."""
     console = Console()
     config = load_recipe(command.recipe)
-    measured = config.evaluation.model_copy(
-        update={"prompts": command.prompts, "images_per_prompt": command.images_per_prompt}
-    )
-    run = Run(config.model_copy(update={"evaluation": measured}))
+    settings = {"evaluation.prompts": command.prompts, "evaluation.images_per_prompt": command.images_per_prompt}
+    run = Run(config.override(settings))
     evaluator = run.evaluator()
     columns: dict[str, dict[str, float]] = {}
     if command.base_steps:

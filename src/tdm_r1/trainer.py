@@ -28,7 +28,7 @@ from .errors import UserError
 from .evaluation import Embedder, Evaluation, Evaluator, Sampling
 from .mini import bundle
 from .randomness import numpy_rng, torch_rng
-from .rewards import load_reward, score
+from .rewards import Reward, load_reward, score
 from .roles import Role, Roles, full_roles, load_lora, lora_roles
 from .tasks import PromptFileTask, Task
 
@@ -66,14 +66,22 @@ def load_task(config: TaskConfig) -> Task:
 
 
 class Run:
-    """Everything of one run, built from its configuration; `fit` trains, `evaluate` measures."""
+    """Everything of one run, built from its configuration; `fit` trains.
 
-    def __init__(self, config: RunConfig, *, console: Console | None = None) -> None:
+    Args:
+        config: the run's settings (`config.load_recipe`).
+        reward: a function in place of ``config.reward``, for notebooks; the saved configuration cannot name it.
+        console: where progress goes.
+
+    Raises ValueError or UserError on settings that do not fit, before any weights are read.
+    """
+
+    def __init__(self, config: RunConfig, *, reward: Reward | None = None, console: Console | None = None) -> None:
         self.config = config
         self.console = console or Console()
         self.folder = config.output / config.name
         self.task = load_task(config.task)
-        self.reward = load_reward(config.reward)
+        self.reward = reward or load_reward(config.reward)
         path, student, fake, length = resolve_model(config.model)
         device, dtype = resolve_device(config.model.device), getattr(torch, config.model.dtype)
         self.backbone = load_backbone(path, max_sequence_length=length, dtype=dtype, device=device)
@@ -102,7 +110,7 @@ class Run:
         own = OWN_ROLES[self.config.algorithm]
         if self.config.model.roles == "full":
             return full_roles(self.backbone, own, teacher=teacher)
-        return lora_roles(self.backbone, self.lora, own, teacher=teacher)
+        return lora_roles(self.backbone, self.lora, own, teacher=teacher, merge=self.config.model.merge)
 
     def _algorithm(self) -> TDM | TDMR1:
         c, empty = self.config, self.embed([""])
@@ -116,6 +124,7 @@ class Run:
             c.surrogate,
             c.balance,
             group_size=c.batch.group,
+            trained=c.batch.trained or c.batch.group,
             micro_batch=c.batch.micro_batch,
         )
 

@@ -71,6 +71,12 @@ class Rollout:
     def __len__(self) -> int:
         return len(self.conditioning)
 
+    def rows(self, rows: Tensor) -> Rollout:
+        """The samples in ``rows`` [N] (int64)."""
+        t = self.trajectory
+        points, clean = ([x[rows] for x in xs] for xs in (t.points, t.clean))
+        return Rollout(solvers.Trajectory(t.grid, points, clean), self.conditioning.rows(rows))
+
 
 @dataclass(frozen=True)
 class Draw:
@@ -143,7 +149,8 @@ class TDM:
         eps, eps_step = (torch.randn(trajectory.final.shape, generator=noise) for _ in range(2))
         kl_size, reward_size, alignment, scale = 0.0, 0.0, 0.0, 0.0
         for rows in self.micro_batches(n):
-            i, c, here = index[rows], rollout.conditioning.rows(rows), trajectory_rows(trajectory, rows)
+            part = rollout.rows(rows)
+            i, c, here = index[rows], part.conditioning, part.trajectory
             last = (i - 1).clamp_min(0)
             t_now, t_next, x_now = here.time(i), here.time(i + 1), here.at(i)
             with self.roles.use(Role.GENERATOR) as velocity:  # only the step k+1 -> k, from the stored x_{t_{k+1}}
@@ -228,13 +235,6 @@ def few_step_sample(
     grid = flow.few_step_grid(sampler.steps, sampler.shift)
     with roles.use(role) as velocity:
         return solvers.sample(lambda x, t: velocity(x, t, c), x_1, grid, solver=sampler.solver, noise=noise)
-
-
-def trajectory_rows(trajectory: solvers.Trajectory, rows: Tensor) -> solvers.Trajectory:
-    """The trajectories of the samples in ``rows``."""
-    return solvers.Trajectory(
-        trajectory.grid, [x[rows] for x in trajectory.points], [x[rows] for x in trajectory.clean]
-    )
 
 
 class Optimizer:

@@ -34,6 +34,9 @@ class SurrogateConfig(BaseModel):
     reference: Literal["dynamic", "static", "fake"] = Field(
         "static", description="dynamic: EMA of phi (the paper). static: phi's start. fake: the fake score."
     )
+    baseline: Literal["reference", "fake"] = Field(
+        "fake", description="What the anchored target is measured from; fake makes it exact. Ours, docs/log.md."
+    )
     trust_region: Literal["none", "clip", "anchor"] = Field(
         "none", description="Of the preference loss: clip of the log-ratio, or a quadratic anchor to the reference."
     )
@@ -43,7 +46,7 @@ class SurrogateConfig(BaseModel):
     anchor_weight: float = Field(10.0, ge=0, description="Weight of |v_phi - v_ref|^2 (trust_region anchor).")
     beta: float = Field(100.0, gt=0, description="Published; tied to losses that are means over dimensions.")
     kappa: float = Field(1.0, gt=0, description="Scale of the anchored target. Ours.")
-    holdout_groups: int = Field(1, ge=0, description="Groups a step kept from phi, to measure it on. Ours.")
+    measured_groups: int = Field(2, ge=0, description="Fresh groups a step that phi is measured on first. Ours.")
     draws: int = Field(4, ge=1, description="(k, t, noise) draws, each an update, per rollout. Ours, docs/log.md.")
     shared_noise: bool = Field(True, description="One t, k and noise per group. From a neighbour (DGPO).")
     reference_decay: float = Field(0.995, ge=0, lt=1, description="EMA decay of the dynamic reference. Ours.")
@@ -90,7 +93,13 @@ Score = Callable[[Tensor], Tensor]
 
 
 class TDMR1:
-    """Algorithm 1. Samples of one prompt (a group) are consecutive rows throughout."""
+    """Algorithm 1. Samples of one prompt (a group) are consecutive rows throughout.
+
+    Args:
+        group_size: samples of a prompt that are rolled out and scored, G.
+        trained: samples of each group that every update sees: its extremes in the surrogate's, any in the others'.
+        micro_batch: samples that go through the network at once.
+    """
 
     def __init__(
         self,
@@ -102,11 +111,13 @@ class TDMR1:
         balance: BalanceConfig,
         *,
         group_size: int,
+        trained: int,
         micro_batch: int,
     ) -> None:
         self.roles = roles
         self.config = surrogate
         self.group_size = group_size
+        self.trained = trained
         self.tdm = TDM(roles, empty, sampler, tdm, micro_batch=micro_batch)
         self.surrogate = Optimizer(roles.parameters(Role.SURROGATE), surrogate.optimizer)
         self.balance = Balance(balance)
@@ -119,8 +130,8 @@ class TDMR1:
         rewards = score(rollout.trajectory.final)
 
         # 2. Advantages inside each group. The trajectory is deterministic: r_i is exact for every x_{t_k}^i.
-        groups = group_advantages(rewards.reshape(-1, self.group_size))
-        advantage = groups.advantage.flatten()
+        groups = group_advantages(rewards.reshape(-1, self.group_size), keep=self.trained)
+        advantage, rows = groups.advantage.flatten(), groups.used.flatten().nonzero()[:, 0]
         metrics = {
             "reward/mean": float(rewards.nanmean()),
             "reward/missing": float(rewards.isnan().sum()),
@@ -128,14 +139,14 @@ class TDMR1:
         }
 
         # 3. The surrogate learns the preference at drawn (k, t, noise), t >= t_k (Eq. 8, 9, 18), and
-        # 4. the reference follows it.
-        held_out = self.config.holdout_groups * self.group_size
-        metrics |= self.measure_surrogate(rollout, advantage, slice(0, held_out), noise)
+        # 4. the reference follows it. Phi is measured on fresh groups before it learns from them.
+        metrics |= self.measure_surrogate(rollout, advantage, noise)
         for _ in range(self.config.draws):
-            metrics |= self.fit_surrogate(rollout, advantage, held_out, noise)
+            metrics |= self.fit_surrogate(rollout, advantage, rows, noise)
             self.update_reference()
 
-        # 5. The fake score follows the generator's own samples (Eq. 1).
+        # 5. The fake score follows the generator's own samples (Eq. 1): the first of each group, not its extremes.
+        rollout = rollout.rows(torch.arange(len(rollout)).reshape(-1, self.group_size)[:, : self.trained].flatten())
         for _ in range(self.tdm.config.fake_steps):
             metrics |= self.tdm.fit_fake(rollout, noise)
 
@@ -147,12 +158,10 @@ class TDMR1:
     # -------------------------------------------------------------------------------------- 3, 4
 
     def fit_surrogate(
-        self, rollout: Rollout, advantage: Tensor, first: int, noise: torch.Generator
+        self, rollout: Rollout, advantage: Tensor, rows: Tensor, noise: torch.Generator
     ) -> dict[str, float]:
-        """One update of phi on the samples from row ``first`` on, whose groups it may see."""
+        """One update of phi on the samples in ``rows``, those that carry signal, at a fresh draw of (k, t, noise)."""
         draw = self.tdm.draw(rollout, noise, group_size=self.group_size if self.config.shared_noise else 1)
-        rows = torch.arange(first, len(rollout))
-        rows = rows[self._used(advantage)[rows]]  # skipped groups carry no signal
         if len(rows) == 0:
             return {}
         if self.config.loss == "anchored":
@@ -161,20 +170,18 @@ class TDMR1:
             metrics = self._fit_preference(rollout, advantage, draw, rows)
         return metrics | {"surrogate/grad_norm": self.surrogate.step()}
 
-    def _used(self, advantage: Tensor) -> Tensor:
-        groups = advantage.reshape(-1, self.group_size)
-        return (groups.abs().amax(1, keepdim=True) > 0).expand_as(groups).flatten()
-
     def _fit_anchored(self, rollout: Rollout, advantage: Tensor, draw: Draw, rows: Tensor) -> dict[str, float]:
         total, distance = 0.0, 0.0
         for part in rows.split(self.tdm.micro_batch):
             x_t, t, c = draw.x_t[part], draw.t[part], rollout.conditioning.rows(part)
             v_ref = self._reference_velocity(x_t, t, c)
+            v_base = self._frozen_velocity(Role.FAKE, x_t, t, c) if self.config.baseline == "fake" else v_ref
             with self.roles.use(Role.SURROGATE) as velocity:
                 v_phi = velocity(x_t, t, c)
                 loss = losses.anchored_regression(
                     v_phi,
                     v_ref,
+                    v_base,
                     x_t,
                     draw.eps[part],
                     draw.s[part],
@@ -228,10 +235,13 @@ class TDMR1:
         terms = losses.preference_terms(loss_phi, loss_ref, advantage[part], 1 - s) / self.group_size
         return terms, (v_phi - v_ref).square().flatten(1).mean(1)
 
-    @torch.no_grad()  # the reference is never trained by gradient
-    def _reference_velocity(self, x_t: Tensor, t: Tensor, c: Conditioning) -> Tensor:
-        with self.roles.use(self._reference_role()) as velocity:
+    @torch.no_grad()  # reference and baseline are constants of the surrogate's loss
+    def _frozen_velocity(self, role: Role, x_t: Tensor, t: Tensor, c: Conditioning) -> Tensor:
+        with self.roles.use(role) as velocity:
             return velocity(x_t, t, c)
+
+    def _reference_velocity(self, x_t: Tensor, t: Tensor, c: Conditioning) -> Tensor:
+        return self._frozen_velocity(self._reference_role(), x_t, t, c)
 
     def _reference_role(self) -> Role:
         match self.config.reference:
@@ -261,13 +271,12 @@ class TDMR1:
     # -------------------------------------------------------------------------------------- diagnostics
 
     @torch.no_grad()  # diagnostics only
-    def measure_surrogate(
-        self, rollout: Rollout, advantage: Tensor, rows: slice, noise: torch.Generator
-    ) -> dict[str, float]:
-        """On groups that phi has not seen: how often its implicit reward orders a better and a worse sample rightly.
-        On a probe that stays the same: how far successive reward directions agree."""
+    def measure_surrogate(self, rollout: Rollout, advantage: Tensor, noise: torch.Generator) -> dict[str, float]:
+        """On groups that phi has not seen yet: how often its implicit reward orders a better and a worse sample
+        rightly. On a probe that stays the same: how far successive reward directions agree."""
+        rows = slice(0, self.config.measured_groups * self.group_size)
         advantage = advantage[rows]
-        if len(advantage) == 0 or not bool(self._used(advantage).any()):
+        if not bool(advantage.any()):
             return {}
         draw = self.tdm.draw(rollout, noise, group_size=self.group_size)
         x_t, eps, s, t = draw.x_t[rows], draw.eps[rows], draw.s[rows], draw.t[rows]
@@ -287,7 +296,8 @@ class TDMR1:
     def load_state(self, state: dict) -> None:
         self.tdm.load_state(state["tdm"])
         self.surrogate.load_state(state["surrogate"])
-        self.balance.scale = state["scale"]
+        if self.balance.config.policy == "ratio":  # a fixed scale is a setting, not a state
+            self.balance.scale = state["scale"]
 
 
 class Probe:

@@ -27,7 +27,7 @@ class AutoencoderConfig(BaseModel):
     batch_size: int = 64
     learning_rate: float = 1.5e-3  # with clipping at 1; a prototype diverged at 2e-3 without
     warmup_steps: int = 100
-    decoder_steps: int = 1500  # then the decoder alone, on the finished latents, for crisper outlines
+    decoder_steps: int = 700  # then the decoder alone, on the finished latents, for crisper outlines
     latent_noise: float = 0.15  # standard deviation added to the standardised latents, so that decoding is robust
     pool_size: int = 40_000  # renders, visited in random order
 

@@ -15,10 +15,13 @@ import torch
 from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from pydantic import BaseModel, ConfigDict
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..errors import UserError
 from ..randomness import numpy_rng
-from . import autoencoder, features, pretrain, text
+from . import autoencoder, bundle, features, pretrain, text
 from .autoencoder import AutoencoderConfig
 from .pretrain import PretrainConfig
 from .world import TASKS, make_spec, render_specs
@@ -43,7 +46,7 @@ def build(config: MiniConfig) -> Path:
     vae = _autoencoder(config)
     net = config.work / "features.safetensors"
     if not net.exists():
-        steps = 1200
+        steps = 800
         with _progress("metrics' network", steps) as advance:
             trained = features.train_features(seed=config.seed, steps=steps, on_step=advance)
         features.save_features(trained, net)
@@ -119,6 +122,19 @@ def assemble(
     config = json.loads(path.read_text())
     config.pop("block_out_channels", None)
     path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def bundle_student(run: Path, model: Path) -> None:
+    """Puts a distilled run's LoRAs beside the pipeline in ``model``, in half precision, metadata kept."""
+    for source, target in (("lora", bundle.STUDENT_LORA), ("lora_fake", bundle.FAKE_LORA)):
+        file = run / source / "pytorch_lora_weights.safetensors"
+        if not file.is_file():
+            raise UserError(f"{run} holds no {source}: give the folder of a finished `tdm-r1 distill` run")
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata()
+        (model / target).mkdir(parents=True, exist_ok=True)
+        halves = {name: weight.half() for name, weight in load_file(file).items()}
+        save_file(halves, model / target / file.name, metadata=metadata)
 
 
 @contextmanager

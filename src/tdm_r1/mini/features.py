@@ -67,7 +67,7 @@ def _targets(scene: Scene) -> np.ndarray:
     return cells
 
 
-def train_features(*, seed: int, steps: int = 1200, batch_size: int = 64, on_step: Callable[[int, float], None]):
+def train_features(*, seed: int, steps: int = 800, batch_size: int = 64, on_step: Callable[[int, float], None]):
     """Trains the network on fresh renders; returns it."""
     torch.manual_seed(seed)
     net = FeatureNet()

@@ -25,9 +25,9 @@ class PretrainConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    steps: int = 7000
+    steps: int = 3600
     batch_size: int = 256
-    pool_size: int = 200_000  # scenes whose latents are computed once; captions get fresh noise at every visit
+    pool_size: int = 100_000  # scenes whose latents are computed once; captions get fresh noise at every visit
     muon_learning_rate: float = 4e-3  # on the blocks' matrices, update scaled by .2 sqrt(max dim)
     adam_learning_rate: float = 2e-3  # on everything else
     warmup_steps: int = 50
@@ -35,7 +35,7 @@ class PretrainConfig(BaseModel):
     ema_decay: float = 0.998
     caption_dropout: float = 0.1
     time_shift: float = 2.0  # logit-normal t, shifted towards noise
-    save_every: int = 500
+    save_every: int = 250
     # relations and binding are learnt last, so they are seen most
     task_weights: dict[str, float] = {
         "single_object": 0.06,
@@ -116,7 +116,7 @@ def pretrain(
     checkpoint: Path,
     on_step: Callable[[int, float], None],
 ) -> dict[str, Tensor]:
-    """Trains ``model``, resuming from ``checkpoint`` if it exists; returns the EMA weights."""
+    """Trains ``model``, resuming from ``checkpoint`` if it exists; returns its state with averaged weights."""
     prompts = [EMPTY, *(prompt_of(s) for s in all_specs())]
     index = {p: i for i, p in enumerate(prompts)}
     ids = text.token_ids(tokenizer, prompts)
@@ -169,7 +169,7 @@ def pretrain(
             state = {"optimizers": [o.state_dict() for o in optimizers], "step": done}
             save_state(checkpoint, {"model": model.state_dict(), "ema": ema, **state})
         on_step(step, float(loss.detach()))
-    return ema
+    return model.state_dict() | ema  # buffers are not averaged
 
 
 def _optimizers(model: nn.Module, config: PretrainConfig) -> list[torch.optim.Optimizer]:
