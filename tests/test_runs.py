@@ -16,6 +16,7 @@ from diffusers import StableDiffusion3Pipeline
 from tdm_r1.algorithms.tdm import few_step_sample
 from tdm_r1.config import RunConfig
 from tdm_r1.errors import UserError
+from tdm_r1.mini.bundle import bundle_path
 from tdm_r1.roles import Role
 from tdm_r1.sampling import FewStepModel
 from tdm_r1.trainer import Run
@@ -120,16 +121,16 @@ def test_interrupt_finishes_the_iteration_saves_and_says_how_to_resume(tiny_conf
     assert again.iteration == 2
 
 
-def test_run_folder_and_plain_diffusers_load_the_lora(tiny_config: Make, random_model: Path):
-    """The exported LoRA, loaded by diffusers at scale 1.0, samples the run's own pictures."""
-    config = tiny_config(tdm={"generator": {"learning_rate": 0.02}, "generator_ema_decay": 0.0})
+def test_run_folder_and_plain_diffusers_load_the_lora(tiny_config: Make):
+    """The exported LoRA, loaded by diffusers at scale 1.0, samples the run's own pictures: on the bundled model."""
+    config = tiny_config(model={"path": "mini", "student_lora": "mini"})
     run = Run(config)
     run.fit()
     for name in ("config.yaml", "versions.json", "metrics.jsonl", "curves.png", "grids/iteration_000002.png"):
         assert (run.folder / name).stat().st_size > 0, name
     assert not list(run.folder.rglob("*.partial"))
 
-    pipeline = StableDiffusion3Pipeline.from_pretrained(random_model)
+    pipeline = StableDiffusion3Pipeline.from_pretrained(bundle_path())
     pipeline.set_progress_bar_config(disable=True)
     prompts = ["a red circle", "two crosses"]
     x_1 = torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -152,10 +153,10 @@ def test_run_folder_and_plain_diffusers_load_the_lora(tiny_config: Make, random_
     with torch.no_grad():
         latents = few_step_sample(run.roles, Role.GENERATOR_EMA, c, x_1, config.sampler, None).final
     ours = run.backbone.decode(latents)
-    assert np.abs(tuned - base).max() > 0.02  # the LoRA does something
+    assert np.abs(tuned - base).max() > 0.2  # the LoRA does something
     assert np.abs(ours / 255.0 - tuned).max() < 2.5 / 255  # and it is the run's own
 
-    model = FewStepModel(str(random_model), run.folder / "lora", max_sequence_length=1)
+    model = FewStepModel(lora=run.folder / "lora")
     pictures = model(prompts, seed=0)
     assert np.abs(pictures.astype(int) - ours).max() <= 2
 

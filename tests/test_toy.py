@@ -36,7 +36,7 @@ def test_clean_prediction_is_the_posterior_mean():
     x_0 = TEACHER.sample(400_000, g)
     eps = torch.randn(x_0.shape, generator=g, dtype=D)
     x_t = flow.add_noise(x_0, eps, 0.5)
-    near = ((x_t - torch.tensor([0.5, 0.3], dtype=D)).abs() < 0.1).all(1)
+    near = ((x_t - torch.tensor([-0.3, 0.5], dtype=D)).abs() < 0.1).all(1)
     exact = TEACHER.clean(x_t[near], torch.full((int(near.sum()),), 0.5, dtype=D))
     torch.testing.assert_close(x_0[near].mean(0), exact.mean(0), atol=0.03, rtol=0)
 
@@ -117,8 +117,9 @@ def test_reward_direction_raises_an_analytic_reward():
     g = torch.Generator().manual_seed(5)
     optimizer = torch.optim.SGD([generator.mean, generator.log_std], lr=0.5)
     rewards = []
-    for _ in range(20):
-        z, eps = (torch.randn(20_000, 2, generator=g, dtype=D) for _ in range(2))
+    z = torch.randn(20_000, 2, generator=g, dtype=D)  # the same draws in every step, so that rewards compare
+    for _ in range(8):
+        eps = torch.randn(20_000, 2, generator=g, dtype=D)
         x_0 = generator(z)
         rewards.append(float(-0.5 * (x_0 - target).square().sum(1).mean().detach()))
         x_t = flow.add_noise(x_0, eps, 0.6).detach()

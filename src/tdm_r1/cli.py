@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tyro
+from tyro.conf import Positional
 
 from .errors import UserError
 from .recipes import recipe_names
 
 if TYPE_CHECKING:
     from .config import RunConfig
-
-Positional = tyro.conf.Positional
 
 
 @dataclass

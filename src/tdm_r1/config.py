@@ -115,7 +115,7 @@ class RunConfig(BaseModel):
         values = self.model_dump()
         for name, value in settings.items():
             *parents, last = name.split(".")
-            place = values
+            place: Any = values
             for parent in parents:
                 place = place.get(parent) if isinstance(place, dict) else None
             if not isinstance(place, dict):

@@ -6,13 +6,14 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from . import flow, solvers
-from .backbones import Backbone, Conditioning, guided
+from .backbones import Backbone, Conditioning, Velocity, guided
 from .randomness import torch_rng
 from .rewards import Reward, score
 from .roles import Role, Roles
@@ -44,13 +45,15 @@ class Embedder:
     cache: dict[str, Conditioning] = field(default_factory=dict)
 
     def __call__(self, prompts: Sequence[str]) -> Conditioning:
-        missing = [p for p in dict.fromkeys(prompts) if p not in self.cache]
-        for start in range(0, len(missing), 64):
-            chunk = missing[start : start + 64]
-            encoded = self.backbone.encode(chunk)
-            self.cache |= {p: encoded.rows(torch.tensor([i])) for i, p in enumerate(chunk)}
+        for prompt in dict.fromkeys(prompts):
+            if prompt not in self.cache:  # one by one: in a batch the last bits would depend on the company
+                self.cache[prompt] = self.backbone.encode([prompt])
         found = [self.cache[p] for p in prompts]
         return Conditioning(torch.cat([c.embeds for c in found]), torch.cat([c.pooled for c in found]))
+
+
+def _of_prompts(velocity: Velocity, c: Conditioning, x_t: Tensor, t: Tensor) -> Tensor:
+    return velocity(x_t, t, c)
 
 
 @torch.no_grad()  # sampling
@@ -72,9 +75,8 @@ def generate(
         for rows in torch.arange(len(x_1)).split(batch):
             part = c.rows(rows)
             noise = torch_rng(0, int(rows[0]), "stochastic sampler")
-            final = solvers.sample(
-                lambda x, t, part=part: field_of(x, t, part), x_1[rows], grid, solver=sampling.solver, noise=noise
-            ).final
+            part_velocity = partial(_of_prompts, field_of, part)
+            final = solvers.sample(part_velocity, x_1[rows], grid, solver=sampling.solver, noise=noise).final
             chunks.append(backbone.decode(final))
     return np.concatenate(chunks)
 

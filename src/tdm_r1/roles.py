@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -213,7 +214,8 @@ def lora_roles(
     for role, host in hosts.items():
         with warnings.catch_warnings():  # peft warns of a second adapter; a cast of them is what is wanted
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-            host.transformer.add_adapter(config, adapter_name=str(role))
+            transformer: Any = host.transformer  # a diffusers model, for its peft mix-in
+            transformer.add_adapter(config, adapter_name=str(role))
         # `init_lora_weights` draws A anew for each adapter: make equal starts really equal
         seat = Seat(host.transformer, str(role))
         if id(host.transformer) in first:

@@ -40,7 +40,7 @@ def build_autoencoder(channels: int = 32) -> AutoencoderTiny:
         num_encoder_blocks=(0, 1, 1, 2),
         num_decoder_blocks=(3, 2, 1, 0),
         latent_channels=LATENT_CHANNELS,
-    ).to(memory_format=torch.channels_last)  # type: ignore[return-value]
+    ).to(memory_format=torch.channels_last)
 
 
 def to_pixels(images: np.ndarray) -> Tensor:

@@ -100,7 +100,7 @@ def assemble(
     model: pretrain.MiniBase,
     ema: dict[str, Tensor],
 ) -> None:
-    """Writes a `StableDiffusion3Pipeline` folder in half precision that any diffusers user can load."""
+    """Writes a `StableDiffusion3Pipeline` folder, the large parts in half precision, that any diffusers user loads."""
     model.load_state_dict(ema)
     null_t5, null_tokenizer = text.build_null_t5()
     pipeline = StableDiffusion3Pipeline(
@@ -114,7 +114,8 @@ def assemble(
         text_encoder_3=null_t5,
         tokenizer_3=null_tokenizer,
     )
-    for part in (model, vae, null_t5):
+    # transformers loads weights as they are saved, diffusers as float32: half text encoders would not fit the rest
+    for part in (model.transformer, vae):
         part.half()
     pipeline.save_pretrained(out)
     # AutoencoderTiny writes a key that it does not read, and warns of it at every load
