@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -95,14 +96,18 @@ def _rounded(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def study(recipe: str, configs: list[RunConfig], out: Path, console: Console) -> None:
-    """Runs ``configs`` (one a seed) and files their records under ``recipe`` in ``out``; keeps other recipes'."""
+    """Runs ``configs`` (one a seed) and files their records under ``recipe`` in ``out``; keeps other recipes'.
+
+    The first seed's picture goes beside them.
+    """
     results = json.loads(out.read_text()) if out.exists() else {"recipe": {}, "noise_floor": {}}
     results["noise_floor"] = noise_floor(configs[0])
     records = [reinforce(config, console) for config in configs]
     results["recipe"][recipe] = records
     write_text(out, json.dumps(results, indent=1))
     write_text(out.with_suffix(".md"), markdown(results))
-    console.print(f"Wrote {out} and {out.with_suffix('.md')}")
+    shutil.copyfile(configs[0].output / configs[0].name / "before_after.png", out.with_suffix(".png"))
+    console.print(f"Wrote {out}, .md and .png")
 
 
 def markdown(results: Mapping) -> str:
