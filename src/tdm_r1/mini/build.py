@@ -118,10 +118,11 @@ def assemble(
     for part in (model.transformer, vae):
         part.half()
     pipeline.save_pretrained(out)
-    # AutoencoderTiny writes a key that it does not read, and warns of it at every load
+    # AutoencoderTiny writes keys that it does not read, warns of one at every load, and names our folder in the other
     path = out / "vae" / "config.json"
     config = json.loads(path.read_text())
-    config.pop("block_out_channels", None)
+    for key in ("block_out_channels", "_name_or_path"):
+        config.pop(key, None)
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 
