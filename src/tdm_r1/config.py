@@ -28,7 +28,7 @@ class LoraSettings(BaseModel):
 
     rank: int = Field(32, ge=1, description="Published.")
     alpha: int = Field(64, ge=1, description="Published (the official Z-Image LoRA).")
-    targets: tuple[str, ...] = Field(LORA_TARGETS, description="Modules by the end of their names.")
+    targets: tuple[str, ...] = Field(LORA_TARGETS, description="Modules by the end of their names. Ours: attention.")
 
 
 class ModelConfig(BaseModel):

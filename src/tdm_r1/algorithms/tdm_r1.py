@@ -41,9 +41,9 @@ class SurrogateConfig(BaseModel):
         "none", description="Of the preference loss: clip of the log-ratio, or a quadratic anchor to the reference."
     )
     clip: float = Field(
-        1e-3, gt=0, description="Largest |l_phi - l_ref| that still gives gradient (trust_region clip)."
+        1e-3, gt=0, description="Largest |l_phi - l_ref| that still gives gradient (trust_region clip). Ours."
     )
-    anchor_weight: float = Field(10.0, ge=0, description="Weight of |v_phi - v_ref|^2 (trust_region anchor).")
+    anchor_weight: float = Field(10.0, ge=0, description="Weight of |v_phi - v_ref|^2 (trust_region anchor). Ours.")
     beta: float = Field(100.0, gt=0, description="Published; tied to losses that are means over dimensions.")
     kappa: float = Field(1.0, gt=0, description="Scale of the anchored target. Ours.")
     measured_groups: int = Field(2, ge=0, description="Fresh groups a step that phi is measured on first. Ours.")

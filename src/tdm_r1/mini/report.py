@@ -53,7 +53,7 @@ def reinforce(config: RunConfig, console: Console) -> dict:
 
 
 def before_after(base: Evaluation, before: Evaluation, after: Evaluation, images_per_prompt: int):
-    """The same noise and prompts in three rows, two prompts of every family."""
+    """The same noise and prompts in three rows, one to three prompts of every family."""
     prompts = base.prompts[::images_per_prompt]
     chosen: list[int] = []
     for tag in TASKS:
