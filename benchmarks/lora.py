@@ -33,7 +33,7 @@ def main() -> None:
     t, c = torch.full((BATCH,), 0.6), run.embed(["a red circle"] * BATCH)
 
     def forward(role: Role, merge: bool) -> None:
-        run.roles._merge = merge
+        run.roles.merge = merge
         with torch.no_grad(), run.roles.use(role) as velocity:
             velocity(x, t, c)
 

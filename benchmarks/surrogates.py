@@ -1,4 +1,5 @@
-"""The paper's literal surrogate and the anchored one, side by side on equal reward evaluations.
+"""The paper's literal surrogate and the anchored one, side by side on equal reward evaluations; and, as a control,
+the same run without any reward, which is distillation gone on.
 
 Run: ``python benchmarks/surrogates.py`` (writes docs/results/surrogates.json, .md and .png).
 """
@@ -8,15 +9,20 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from tdm_r1.cli import _seeded
-from tdm_r1.mini.report import reinforce
+from tdm_r1.mini.report import fresh_run, reinforce
 
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # recipe, and what is changed in it
+    "anchored": ("mini", {}),
+    "paper": ("mini_paper", {}),
+    "no reward": ("mini", {"balance.scale": 0.0}),
+}
 DIAGNOSTICS = (
     "surrogate/preference_accuracy",
     "surrogate/distance_from_reference",
@@ -31,15 +37,16 @@ SHOWN = ("strict", "soft", "cleanliness", "frechet", "diversity", "edge_width", 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--recipes", nargs="+", default=["mini", "mini_paper"])
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--iterations", type=int, default=None, help="instead of the recipes' own")
     parser.add_argument("--output", type=Path, default=Path("runs"))
     parser.add_argument("--out", type=Path, default=Path("docs/results/surrogates.json"))
     args = parser.parse_args()
     results, histories = {}, {}
-    for recipe in args.recipes:
-        config = _seeded(recipe, args.seed, args.output, "surrogates")
+    for variant in args.variants:
+        recipe, changes = VARIANTS[variant]
+        config = fresh_run(recipe, args.seed, args.output, f"surrogates_{variant.replace(' ', '_')}").override(changes)
         if args.iterations:
             config = config.override({"iterations": args.iterations})
         record = reinforce(config, Console())
@@ -50,7 +57,7 @@ def main() -> None:
             for name in DIAGNOSTICS
             if any(name in r for r in last)
         }
-        results[recipe], histories[recipe] = record, rows
+        results[variant], histories[variant] = record, rows
     args.out.write_text(json.dumps(results, indent=1))
     args.out.with_suffix(".md").write_text(markdown(results))
     curves(histories, args.out.with_suffix(".png"))
@@ -65,7 +72,7 @@ def markdown(results: dict) -> str:
         "Written by `python benchmarks/surrogates.py`: one seed, the same prompts, noise and reward evaluations.",
         "Diagnostics are means over the last quarter of the run.",
         "",
-        "| | before | " + " | ".join(f"after, `{n}`" for n in names) + " |",
+        "| | before | " + " | ".join(f"after, {n}" for n in names) + " |",
         "|---|---|" + "---|" * len(names),
     ]
     start = results[names[0]]["before"]
@@ -87,9 +94,9 @@ def curves(histories: dict[str, list[dict]], path: Path) -> None:
     FigureCanvasAgg(figure)
     for k, name in enumerate(shown):
         axis = figure.add_subplot(1, len(shown), k + 1)
-        for recipe, rows in histories.items():
+        for variant, rows in histories.items():
             points = [(r["scored"], r[name]) for r in rows if name in r]
-            axis.plot(*zip(*points, strict=True), label=recipe, linewidth=1)
+            axis.plot(*zip(*points, strict=True), label=variant, linewidth=1)
         axis.set_title(name)
         axis.set_xlabel("scored images")
         axis.legend()

@@ -11,12 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
 from tdm_r1.algorithms.tdm import few_step_sample
 from tdm_r1.config import RunConfig
 from tdm_r1.errors import UserError
+from tdm_r1.mini.build import MiniConfig, build
 from tdm_r1.mini.bundle import bundle_path
+from tdm_r1.mini.pretrain import PretrainConfig
 from tdm_r1.roles import Role
 from tdm_r1.sampling import FewStepModel
 from tdm_r1.trainer import Run
@@ -86,7 +88,7 @@ def test_resume_is_exact(tiny_config: Make):
     straight = Run(tiny_config(name="straight", iterations=3))
     straight.fit()
     first = Run(tiny_config(name="broken", iterations=3))
-    first._open(resume=False)
+    first.open()
     first.step()
     first.save()
     first._log({"x": 1.0})
@@ -159,6 +161,46 @@ def test_run_folder_and_plain_diffusers_load_the_lora(tiny_config: Make):
     model = FewStepModel(lora=run.folder / "lora")
     pictures = model(prompts, seed=0)
     assert np.abs(pictures.astype(int) - ours).max() <= 2
+
+
+def test_full_weights_leave_a_transformer_that_plain_diffusers_loads(tiny_config: Make):
+    run = Run(tiny_config(model={"roles": "full"}, iterations=1))
+    run.fit()
+    loaded = SD3Transformer2DModel.from_pretrained(run.folder / "transformer")
+    expected = run.roles.state(Role.GENERATOR_EMA)
+    assert_equal(dict(loaded.named_parameters()), expected)
+    assert not (run.folder / "lora").exists()
+
+
+def test_a_diverged_run_stops_and_says_so(tiny_config: Make):
+    run = Run(tiny_config())
+    optimizer = run.algorithm.surrogate
+    before = run.roles.state(Role.SURROGATE)
+
+    def diverge() -> None:
+        optimizer.parameters[0].grad = torch.full_like(optimizer.parameters[0], torch.nan)
+        optimizer.step()
+
+    for _ in range(4):
+        diverge()
+    with pytest.raises(FloatingPointError, match=r"5 updates in a row.*learning rate"):
+        diverge()
+    assert_equal(run.roles.state(Role.SURROGATE), before)
+
+
+def test_pretraining_goes_on_from_a_folder(random_model: Path, tmp_path: Path):
+    base = PretrainConfig(steps=2, batch_size=4, pool_size=12, warmup_steps=1, ema_decay=0.0)
+    config = MiniConfig(work=tmp_path, out=tmp_path / "model", start=random_model, base=base)
+    old, new = (
+        SD3Transformer2DModel.from_pretrained(folder, subfolder="transformer").state_dict()
+        for folder in (random_model, build(config))
+    )
+    change = [float((new[k] - v).norm() / v.norm()) for k, v in old.items() if v.norm() > 0 and "pos_embed" not in k]
+    assert min(change) > 0
+    assert max(change) < 0.5  # two steps from where it stood, not from a fresh start
+    assert (tmp_path / "model" / "features.safetensors").is_file()
+    with pytest.raises(UserError, match="no pipeline folder"):
+        build(MiniConfig(start=tmp_path))
 
 
 def test_prompts_are_embedded_as_the_pipeline_does(random_model: Path):

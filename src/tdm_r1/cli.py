@@ -10,16 +10,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import tyro
 from tyro.conf import Positional
 
 from .errors import UserError
 from .recipes import recipe_names
-
-if TYPE_CHECKING:
-    from .config import RunConfig
 
 
 @dataclass
@@ -102,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
     _quiet_libraries()
     try:
         return _dispatch(args)
-    except (UserError, ValueError) as error:
+    except (UserError, ValueError, FloatingPointError) as error:
         print(f"tdm-r1: {_one_line(error)}", file=sys.stderr)
         return 2
 
@@ -211,9 +207,9 @@ def _demo(args: list[str]) -> int:
     command = tyro.cli(Demo, args=args, prog="tdm-r1 mini demo")
     from rich.console import Console
 
-    from .mini.report import reinforce
+    from .mini.report import fresh_run, reinforce
 
-    reinforce(_seeded(command.recipe, command.seed, command.output, "demo"), Console())
+    reinforce(fresh_run(command.recipe, command.seed, command.output, "demo"), Console())
     return 0
 
 
@@ -221,25 +217,12 @@ def _study(args: list[str]) -> int:
     command = tyro.cli(Study, args=args, prog="tdm-r1 mini study")
     from rich.console import Console
 
-    from .mini.report import study
+    from .mini.report import fresh_run, study
 
-    configs = [_seeded(command.recipe, seed, command.output, "study") for seed in command.seeds]
+    configs = [fresh_run(command.recipe, seed, command.output, "study") for seed in command.seeds]
     label = command.label or ("demo" if command.recipe == "mini" else command.recipe)
     study(label, configs, command.out, Console())
     return 0
-
-
-def _seeded(recipe: str, seed: int, output: Path, purpose: str) -> RunConfig:
-    """The recipe with its seed, in a fresh folder."""
-    from .config import load_recipe
-
-    config = load_recipe(recipe)
-    name = f"{purpose}_{recipe}_seed{seed}"
-    number = 2
-    while (output / name).exists():
-        name = f"{purpose}_{recipe}_seed{seed}_{number}"
-        number += 1
-    return config.override({"seed": seed, "output": output, "name": name})
 
 
 def _pretrain(args: list[str]) -> int:

@@ -122,6 +122,8 @@ def logit_normal(n: int, *, shift: float = 1.0, generator: torch.Generator) -> T
 def uniform(n: int, low: Tensor | float, high: Tensor | float, *, generator: torch.Generator) -> Tensor:
     """[n] times uniform in [low, high); the bounds may be [n] tensors."""
     u = torch.rand(n, generator=generator, device=generator.device)
+    if isinstance(low, Tensor):
+        u = u.to(low.device)
     return low + (high - low) * u
 
 

@@ -64,7 +64,7 @@ class Roles:
     ) -> None:
         self._seats = dict(seats)
         self._velocity_of = velocity_of
-        self._merge = merge
+        self.merge = merge
         self._layers = {
             id(seat.transformer): [m for m in seat.transformer.modules() if isinstance(m, BaseTunerLayer)]
             for seat in seats.values()
@@ -108,7 +108,7 @@ class Roles:
         seat = self._seats[role]
         key = id(seat.transformer)
         before, weights = self._adapter[key], [layer.base_layer.weight.data for layer in self._layers[key]]
-        merge = self._merge and seat.adapter is not None and not torch.is_grad_enabled()
+        merge = self.merge and seat.adapter is not None and not torch.is_grad_enabled()
         self._activate(seat.transformer, None if merge else seat.adapter)
         self._set_base(key, self._merged_weights(role) if merge else self._base[key])
         try:
@@ -150,6 +150,10 @@ class Roles:
                     p.requires_grad_(role in TRAINED)
 
     # -------------------------------------------------------------------------------------- weights
+
+    def transformer(self, role: Role) -> Any:
+        """The transformer on which the role sits: its own, or the backbone that carries its adapter."""
+        return self._seats[role].transformer
 
     def weights(self, role: Role) -> dict[str, nn.Parameter]:
         """The role's own weights by a name that does not depend on the role. Raises ValueError for the teacher."""

@@ -145,7 +145,7 @@ class Run:
         else:
 
             def score_latents(latents: Tensor) -> Tensor:
-                return score(self.reward, self.backbone.decode(latents), prompts)
+                return score(self.reward, self.backbone.decode(latents), prompts).to(latents.device)
 
             metrics = self.algorithm.step(conditioning, x_1, score_latents, noise)
             self.scored += len(prompts)
@@ -156,7 +156,7 @@ class Run:
 
     def fit(self, *, resume: bool = False) -> Evaluation | None:
         """Trains to the end, or to Ctrl-C, which finishes the iteration and saves. Returns the last evaluation."""
-        self._open(resume)
+        self.open(resume=resume)
         evaluator = self.evaluator()
         last = None if self.iteration else self._evaluate(evaluator)
         with self._progress() as (progress, bar), _interrupts() as interrupted:
@@ -235,7 +235,8 @@ class Run:
 
     # -------------------------------------------------------------------------------------- the folder
 
-    def _open(self, resume: bool) -> None:
+    def open(self, *, resume: bool = False) -> None:
+        """Starts the run's folder, or goes on from its last checkpoint. Raises UserError where that cannot be."""
         checkpoints = self.checkpoints()
         if resume:
             if not checkpoints:
@@ -291,8 +292,10 @@ class Run:
         write_text(self.folder / "metrics.jsonl", "".join(row + "\n" for row in rows))
 
     def export(self, folder: Path) -> None:
-        """Writes the generator (and the fake score, for a later run) as LoRAs that plain diffusers loads."""
+        """Writes the generator for plain diffusers: as a LoRA, with the fake score's for a later run beside it, or,
+        where roles have weights of their own, as a whole transformer."""
         if self.config.model.roles == "full":
+            self.roles.transformer(Role.GENERATOR_EMA).save_pretrained(folder / "transformer")
             return
         for role, name in ((Role.GENERATOR_EMA, "lora"), (Role.FAKE, "lora_fake")):
             self.backbone.save_lora(folder / name, self.roles.state(role), self.lora)

@@ -10,6 +10,7 @@ with DMD's normaliser; no Huber loss.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -93,6 +94,7 @@ class Draw:
 RewardPart = Callable[[Tensor, Tensor, Conditioning], Tensor]
 """``(x_t, t, conditioning) -> [B, C, H, W]``: the reward's part of the generator's direction."""
 
+MAX_SKIPPED = 5  # updates
 TIME_MAX = 0.99  # t is drawn below it: at t = 1 every point of a trajectory is the same noise
 
 
@@ -144,9 +146,9 @@ class TDM:
     ) -> dict[str, float]:
         """Eq. 2 and 10: moves one step of every trajectory along the distribution-level KL, and the reward's part."""
         trajectory, n = rollout.trajectory, len(rollout)
-        index = torch.randint(trajectory.steps, (n,), generator=noise)
+        index = torch.randint(trajectory.steps, (n,), generator=noise).to(trajectory.final.device)
         t = self._times(trajectory, index, noise)
-        eps, eps_step = (torch.randn(trajectory.final.shape, generator=noise) for _ in range(2))
+        eps, eps_step = (torch.randn(trajectory.final.shape, generator=noise).to(t.device) for _ in range(2))
         kl_size, reward_size, alignment, scale = 0.0, 0.0, 0.0, 0.0
         for rows in self.micro_batches(n):
             part = rollout.rows(rows)
@@ -202,8 +204,9 @@ class TDM:
         """Draws k, t >= t_k and noise for every sample, shared inside consecutive groups of ``group_size``."""
         n_groups = len(rollout) // group_size
         trajectory = rollout.trajectory
-        index = torch.randint(trajectory.steps, (n_groups,), generator=noise)
-        eps = torch.randn((n_groups, *trajectory.final.shape[1:]), generator=noise)
+        device = trajectory.final.device  # drawn on the generator's device, the CPU: the same on every machine
+        index = torch.randint(trajectory.steps, (n_groups,), generator=noise).to(device)
+        eps = torch.randn((n_groups, *trajectory.final.shape[1:]), generator=noise).to(device)
         t = self._times(trajectory, index, noise)
         index, t, eps = (a.repeat_interleave(group_size, 0) for a in (index, t, eps))
         s, x_s = trajectory.time(index + 1), trajectory.at(index + 1)
@@ -238,12 +241,16 @@ def few_step_sample(
 
 
 class Optimizer:
-    """AdamW with warm-up and clipping for one role; `step` returns the gradient's norm before clipping."""
+    """AdamW with warm-up and clipping for one role; `step` returns the gradient's norm before clipping.
+
+    An update whose gradient is not finite is skipped; `MAX_SKIPPED` of them in a row raise FloatingPointError.
+    """
 
     def __init__(self, parameters: list[nn.Parameter], config: OptimizerConfig) -> None:
         self.config = config
         self.parameters = parameters
         self.steps = 0
+        self.skipped = 0  # updates in a row whose gradient was not finite
         self.adamw = torch.optim.AdamW(
             parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
         )
@@ -253,9 +260,16 @@ class Optimizer:
         self.steps += 1
         for group in self.adamw.param_groups:
             group["lr"] = self.config.learning_rate * min(self.steps / self.config.warmup_steps, 1.0)
-        if torch.isfinite(torch.tensor(norm)):
+        finite = math.isfinite(norm)
+        if finite:
             self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
+        self.skipped = 0 if finite else self.skipped + 1
+        if self.skipped == MAX_SKIPPED:
+            raise FloatingPointError(
+                f"the gradient was not finite in {MAX_SKIPPED} updates in a row: the run has diverged; go on from an "
+                "earlier checkpoint with a lower learning rate or balance.scale"
+            )
         return norm
 
     def state(self) -> dict:

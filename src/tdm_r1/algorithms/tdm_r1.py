@@ -198,7 +198,7 @@ class TDMR1:
         """The group sum stands inside the sigmoid: a first pass without gradient finds it, a second one follows the
         sigmoid's slope, so that a group in several micro-batches gives the exact gradient."""
         config, n_groups = self.config, len(rollout) // self.group_size
-        group = torch.arange(len(rollout)) // self.group_size
+        group = torch.arange(len(rollout), device=advantage.device) // self.group_size
         parts = rows.split(self.tdm.micro_batch)
         with torch.no_grad():  # pass one: the value inside each group's sigmoid
             inside = torch.cat([self._preference_terms(rollout, advantage, draw, part)[0] for part in parts])

@@ -37,14 +37,17 @@ class MiniConfig(BaseModel):
     out: Path = Path("runs/mini_pretrain/model")  # the finished pipeline folder
     bf16: bool = False  # train the autoencoder's convolutions in bfloat16: twice as fast on processors that have it
     compiled: bool = False  # torch.compile the transformer: half as fast again, needs a C++ compiler
+    start: Path | None = None  # a pipeline folder of this command to train on, with its autoencoder, not from zero
     autoencoder: AutoencoderConfig = AutoencoderConfig()
     base: PretrainConfig = PretrainConfig()
 
 
 def build(config: MiniConfig) -> Path:
     """Runs whatever stage is missing and writes the pipeline folder; returns its path."""
+    if config.start and not (config.start / "model_index.json").is_file():
+        raise UserError(f"start = {str(config.start)!r} is no pipeline folder: give what `tdm-r1 mini path` prints")
     vae = _autoencoder(config)
-    net = config.work / "features.safetensors"
+    net = (config.start or config.work) / "features.safetensors"
     if not net.exists():
         steps = 800
         with _progress("metrics' network", steps) as advance:
@@ -53,6 +56,8 @@ def build(config: MiniConfig) -> Path:
     tokenizer = text.build_tokenizer()
     torch.manual_seed(config.seed)
     model = pretrain.MiniBase(tokenizer)
+    if config.start:
+        _continue_from(config.start, model)
     pool = config.work / f"latents_{config.base.pool_size}.safetensors"
     with _progress("latents", config.base.pool_size) as advance:
         specs, latents = pretrain.scene_pool(config.base, vae, pool, config.seed, lambda n: advance(n - 1, 0.0))
@@ -74,7 +79,7 @@ def build(config: MiniConfig) -> Path:
 
 
 def _autoencoder(config: MiniConfig) -> AutoencoderTiny:
-    folder = config.work / "vae"
+    folder = (config.start or config.work) / "vae"
     if folder.exists():
         return AutoencoderTiny.from_pretrained(folder).to(memory_format=torch.channels_last)
     torch.manual_seed(config.seed)
@@ -91,6 +96,14 @@ def _autoencoder(config: MiniConfig) -> AutoencoderTiny:
         )
     vae.save_pretrained(folder)
     return vae
+
+
+def _continue_from(folder: Path, model: pretrain.MiniBase) -> None:
+    """Loads transformer and text encoders of an earlier base into ``model``."""
+    pipeline = StableDiffusion3Pipeline.from_pretrained(folder, dtype=torch.float32)
+    model.transformer.load_state_dict(pipeline.transformer.state_dict())
+    for encoder, saved in zip(model.encoders, (pipeline.text_encoder, pipeline.text_encoder_2), strict=True):
+        encoder.load_state_dict(saved.state_dict())
 
 
 def assemble(

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from .. import pictures
 from ..checkpoint import write_text
-from ..config import RunConfig
+from ..config import RunConfig, load_recipe
 from ..evaluation import Evaluation, Sampling
 from ..roles import Role
 from ..trainer import Run
@@ -23,6 +23,16 @@ from .task import DIRECTION
 from .world import TASKS
 
 BASE_STEPS = 20  # Euler steps of the many-step base, at the recipe's teacher guidance and shift 3
+
+
+def fresh_run(recipe: str, seed: int, output: Path, purpose: str) -> RunConfig:
+    """The recipe with its seed, in a folder of ``output`` that does not exist yet."""
+    first = name = f"{purpose}_{recipe}_seed{seed}"
+    number = 2
+    while (output / name).exists():
+        name = f"{first}_{number}"
+        number += 1
+    return load_recipe(recipe).override({"seed": seed, "output": output, "name": name})
 
 
 def reinforce(config: RunConfig, console: Console) -> dict:
