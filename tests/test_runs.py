@@ -84,6 +84,28 @@ def test_micro_batches_change_nothing(tiny_config: Make, loss: str):
     assert_equal(weights(whole), weights(parts), atol=2e-6)
 
 
+def test_the_surrogate_keeps_to_its_points_and_noise_levels(tiny_config: Make):
+    run = Run(tiny_config(surrogate={"points": "final", "time_range": (0.3, 0.8)}))
+    run.step()
+    algorithm, noise = run.algorithm, torch.Generator().manual_seed(0)
+    c = run.embed(["a red circle", "a cross"] * 100)
+    x_1 = torch.randn(len(c), *run.backbone.latent_shape, generator=noise)
+    rollout = algorithm.tdm.roll_out(c, x_1, noise)
+    every = algorithm.tdm.draw(rollout, noise, time_range=(0.3, 0.8))
+    final = algorithm.tdm.draw(rollout, noise, final=True, time_range=(0.3, 0.8))
+    assert set(every.index.tolist()) == {0, 1, 2, 3}
+    assert (every.t > every.s).all()
+    assert ((every.t >= 0.3) & ((every.t <= 0.8) | (every.s >= 0.8))).all()
+    assert (final.s == 0).all()
+    torch.testing.assert_close(final.x_s, rollout.trajectory.final)
+    assert final.t.min() >= 0.3
+    assert 0.75 < final.t.max() <= 0.8
+    part = algorithm.reward_part(x_1, torch.linspace(0, 1, len(c)), c).flatten(1).abs().sum(1)
+    inside = (torch.linspace(0, 1, len(c)) >= 0.3) & (torch.linspace(0, 1, len(c)) <= 0.8)
+    assert (part[inside] > 0).all()
+    assert (part[~inside] == 0).all()
+
+
 def test_resume_is_exact(tiny_config: Make):
     straight = Run(tiny_config(name="straight", iterations=3))
     straight.fit()

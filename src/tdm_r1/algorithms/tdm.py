@@ -200,23 +200,43 @@ class TDM:
 
     # -------------------------------------------------------------------------------------- drawing
 
-    def draw(self, rollout: Rollout, noise: torch.Generator, *, group_size: int = 1) -> Draw:
-        """Draws k, t >= t_k and noise for every sample, shared inside consecutive groups of ``group_size``."""
+    def draw(
+        self,
+        rollout: Rollout,
+        noise: torch.Generator,
+        *,
+        group_size: int = 1,
+        final: bool = False,
+        time_range: tuple[float, float] = (0.0, 1.0),
+    ) -> Draw:
+        """Draws k, t >= t_k and noise for every sample, shared inside consecutive groups of ``group_size``.
+
+        ``final`` keeps to x_0, the trajectory's end; ``time_range`` narrows t.
+        """
         n_groups = len(rollout) // group_size
         trajectory = rollout.trajectory
         device = trajectory.final.device  # drawn on the generator's device, the CPU: the same on every machine
-        index = torch.randint(trajectory.steps, (n_groups,), generator=noise).to(device)
+        first = trajectory.steps - 1 if final else 0
+        index = torch.randint(first, trajectory.steps, (n_groups,), generator=noise).to(device)
         eps = torch.randn((n_groups, *trajectory.final.shape[1:]), generator=noise).to(device)
-        t = self._times(trajectory, index, noise)
+        t = self._times(trajectory, index, noise, time_range)
         index, t, eps = (a.repeat_interleave(group_size, 0) for a in (index, t, eps))
         s, x_s = trajectory.time(index + 1), trajectory.at(index + 1)
         return Draw(index, s, t, x_s, flow.renoise(x_s, eps, s, t), eps)
 
-    def _times(self, trajectory: solvers.Trajectory, index: Tensor, noise: torch.Generator) -> Tensor:
-        """t >= t_k of each sample, where grid[index + 1] = t_k; kept off t_k itself and off 1."""
+    def _times(
+        self,
+        trajectory: solvers.Trajectory,
+        index: Tensor,
+        noise: torch.Generator,
+        time_range: tuple[float, float] = (0.0, 1.0),
+    ) -> Tensor:
+        """t >= t_k of each sample, where grid[index + 1] = t_k; kept off t_k itself and off 1, and inside
+        ``time_range`` where t_k allows it."""
         low = trajectory.time(index + 1)
         high = trajectory.time(index) if self.config.noise_range == "interval" else torch.ones_like(low)
-        high = high.clamp_max(TIME_MAX)
+        low = torch.where(high > time_range[0], low.clamp_min(time_range[0]), low)
+        high = torch.where(low < time_range[1], high.clamp_max(time_range[1]), high).clamp_max(TIME_MAX)
         return flow.uniform(len(index), low + 0.02 * (high - low), high, generator=noise)
 
     def micro_batches(self, n: int) -> Iterator[Tensor]:

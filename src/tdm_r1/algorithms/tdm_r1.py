@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 
 from .. import flow, losses
@@ -48,10 +48,24 @@ class SurrogateConfig(BaseModel):
     kappa: float = Field(1.0, gt=0, description="Scale of the anchored target. Ours.")
     measured_groups: int = Field(2, ge=0, description="Fresh groups a step that phi is measured on first. Ours.")
     draws: int = Field(4, ge=1, description="(k, t, noise) draws, each an update, per rollout. Ours, docs/log.md.")
+    points: Literal["all", "final"] = Field(
+        "all", description="Trajectory points that phi learns from: every x_{t_k} (the paper), or x_0 alone."
+    )
+    time_range: tuple[float, float] = Field(
+        (0.0, 1.0), description="Noise levels at which phi is trained and used; outside, the KL part acts alone. Ours."
+    )
     shared_noise: bool = Field(True, description="One t, k and noise per group. From a neighbour (DGPO).")
     reference_decay: float = Field(0.995, ge=0, lt=1, description="EMA decay of the dynamic reference. Ours.")
     ema_decay: float = Field(0.99, ge=0, lt=1, description="EMA of phi whose direction is used. Ours, docs/log.md.")
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-4, betas=(0.9, 0.99))
+
+    @field_validator("time_range")
+    @classmethod
+    def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
+        low, high = value
+        if not 0 <= low < high <= 1:
+            raise ValueError("give two noise levels, 0 <= low < high <= 1")
+        return value
 
 
 class BalanceConfig(BaseModel):
@@ -161,7 +175,7 @@ class TDMR1:
         self, rollout: Rollout, advantage: Tensor, rows: Tensor, noise: torch.Generator
     ) -> dict[str, float]:
         """One update of phi on the samples in ``rows``, those that carry signal, at a fresh draw of (k, t, noise)."""
-        draw = self.tdm.draw(rollout, noise, group_size=self.group_size if self.config.shared_noise else 1)
+        draw = self._draw(rollout, noise, self.group_size if self.config.shared_noise else 1)
         if len(rows) == 0:
             return {}
         if self.config.loss == "anchored":
@@ -235,6 +249,11 @@ class TDMR1:
         terms = losses.preference_terms(loss_phi, loss_ref, advantage[part], 1 - s) / self.group_size
         return terms, (v_phi - v_ref).square().flatten(1).mean(1)
 
+    def _draw(self, rollout: Rollout, noise: torch.Generator, group_size: int) -> Draw:
+        c = self.config
+        final = c.points == "final"
+        return self.tdm.draw(rollout, noise, group_size=group_size, final=final, time_range=c.time_range)
+
     @torch.no_grad()  # reference and baseline are constants of the surrogate's loss
     def _frozen_velocity(self, role: Role, x_t: Tensor, t: Tensor, c: Conditioning) -> Tensor:
         with self.roles.use(role) as velocity:
@@ -266,7 +285,9 @@ class TDMR1:
         with self.roles.use(Role.SURROGATE_EMA) as velocity:
             x0_phi = flow.x0_from_v(velocity(x_t, t, c), x_t, t)
         x0_ref = flow.x0_from_v(self._reference_velocity(x_t, t, c), x_t, t)
-        return self.balance.scale * losses.reward_direction(x0_phi, x0_ref)
+        low, high = self.config.time_range
+        used = flow.expand((t >= low) & (t <= high), x_t)
+        return self.balance.scale * used * losses.reward_direction(x0_phi, x0_ref)
 
     # -------------------------------------------------------------------------------------- diagnostics
 
@@ -278,7 +299,7 @@ class TDMR1:
         advantage = advantage[rows]
         if not bool(advantage.any()):
             return {}
-        draw = self.tdm.draw(rollout, noise, group_size=self.group_size)
+        draw = self._draw(rollout, noise, self.group_size)
         x_t, eps, s, t = draw.x_t[rows], draw.eps[rows], draw.s[rows], draw.t[rows]
         c = rollout.conditioning.rows(torch.arange(len(rollout))[rows])
         v_ref = self._reference_velocity(x_t, t, c)
