@@ -38,6 +38,7 @@ def test_recipes_resolve_and_round_trip(name: str, tmp_path: Path):
         ({"iterations": 0}, "iterations = 0: .*greater than or equal to 1"),
         ({"batch": {"group": 1}}, r"batch\.group = 1: TDM-R1 compares samples"),
         ({"task": {"name": "prompts"}}, r"task\.name = 'prompts' with task\.prompts = None"),
+        ({"surrogate": {"time_range": [0.9, 0.3]}}, r"surrogate\.time_range = .*0 <= low < high <= 1"),
         ({"surrogate": {"loss": "dpo"}}, r"surrogate\.loss = 'dpo': .*'anchored' or 'preference'"),
     ],
 )
