@@ -63,7 +63,7 @@ class Backbone(Protocol):
 class SD3Backbone:
     """Stable Diffusion 3 / 3.5 and the bundled mini model, through `StableDiffusion3Pipeline`."""
 
-    def __init__(self, pipeline: StableDiffusion3Pipeline, *, max_sequence_length: int, decode_batch: int = 64) -> None:
+    def __init__(self, pipeline: StableDiffusion3Pipeline, *, max_sequence_length: int, decode_batch: int = 32) -> None:
         self.pipeline = pipeline
         self.transformer: nn.Module = pipeline.transformer
         self.max_sequence_length = max_sequence_length
