@@ -194,6 +194,18 @@ def test_full_weights_leave_a_transformer_that_plain_diffusers_loads(tiny_config
     assert not (run.folder / "lora").exists()
 
 
+def test_learning_rates_warm_up_and_decay(tiny_config: Make):
+    settings = {"learning_rate": 1e-3, "warmup_steps": 2, "decay_share": 0.5}
+    run = Run(tiny_config(iterations=8, tdm={"generator": settings}))
+    optimizer = run.algorithm.tdm.optimizers[Role.GENERATOR]
+    rates = []
+    for _ in range(9):  # one more than planned does no harm
+        optimizer.parameters[0].grad = torch.ones_like(optimizer.parameters[0])
+        optimizer.step()
+        rates.append(optimizer.adamw.param_groups[0]["lr"] * 1e3)
+    np.testing.assert_allclose(rates, [0.5, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0])
+
+
 def test_a_diverged_run_stops_and_says_so(tiny_config: Make):
     run = Run(tiny_config())
     optimizer = run.algorithm.surrogate

@@ -115,7 +115,7 @@ class Run:
     def _algorithm(self) -> TDM | TDMR1:
         c, empty = self.config, self.embed([""])
         if c.algorithm == "tdm":
-            return TDM(self.roles, empty, c.sampler, c.tdm, micro_batch=c.batch.micro_batch)
+            return TDM(self.roles, empty, c.sampler, c.tdm, iterations=c.iterations, micro_batch=c.batch.micro_batch)
         return TDMR1(
             self.roles,
             empty,
@@ -123,6 +123,7 @@ class Run:
             c.tdm,
             c.surrogate,
             c.balance,
+            iterations=c.iterations,
             group_size=c.batch.group,
             trained=c.batch.trained or c.batch.group,
             micro_batch=c.batch.micro_batch,

@@ -44,6 +44,9 @@ class OptimizerConfig(BaseModel):
     weight_decay: float = Field(0.0, ge=0, description="Ours.")
     max_grad_norm: float = Field(1.0, gt=0, description="Ours.")
     warmup_steps: int = Field(10, ge=1, description="Linear warm-up. Ours.")
+    decay_share: float = Field(
+        0.0, ge=0, le=1, description="Last share of the run in which the rate falls linearly to zero. Ours."
+    )
 
 
 class TDMConfig(BaseModel):
@@ -99,10 +102,22 @@ TIME_MAX = 0.99  # t is drawn below it: at t = 1 every point of a trajectory is 
 
 
 class TDM:
-    """The roles' optimizers and one method for each line of the algorithm."""
+    """The roles' optimizers and one method for each line of the algorithm.
+
+    Args:
+        iterations: of the whole run; learning rates that decay are stretched to it.
+        micro_batch: samples that go through the network at once.
+    """
 
     def __init__(
-        self, roles: Roles, empty: Conditioning, sampler: SamplerConfig, config: TDMConfig, *, micro_batch: int
+        self,
+        roles: Roles,
+        empty: Conditioning,
+        sampler: SamplerConfig,
+        config: TDMConfig,
+        *,
+        iterations: int,
+        micro_batch: int,
     ) -> None:
         self.roles = roles
         self.empty = empty
@@ -110,8 +125,8 @@ class TDM:
         self.config = config
         self.micro_batch = micro_batch
         self.optimizers = {
-            Role.GENERATOR: Optimizer(roles.parameters(Role.GENERATOR), config.generator),
-            Role.FAKE: Optimizer(roles.parameters(Role.FAKE), config.fake),
+            Role.GENERATOR: Optimizer(roles.parameters(Role.GENERATOR), config.generator, total=iterations),
+            Role.FAKE: Optimizer(roles.parameters(Role.FAKE), config.fake, total=iterations * config.fake_steps),
         }
 
     def step(self, conditioning: Conditioning, x_1: Tensor, noise: torch.Generator) -> dict[str, float]:
@@ -261,14 +276,18 @@ def few_step_sample(
 
 
 class Optimizer:
-    """AdamW with warm-up and clipping for one role; `step` returns the gradient's norm before clipping.
+    """AdamW with warm-up, final decay and clipping for one role; `step` returns the gradient's norm before clipping.
 
     An update whose gradient is not finite is skipped; `MAX_SKIPPED` of them in a row raise FloatingPointError.
+
+    Args:
+        total: updates of the whole run, which the decay is a share of.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], config: OptimizerConfig) -> None:
+    def __init__(self, parameters: list[nn.Parameter], config: OptimizerConfig, *, total: int) -> None:
         self.config = config
         self.parameters = parameters
+        self.total = total
         self.steps = 0
         self.skipped = 0  # updates in a row whose gradient was not finite
         self.adamw = torch.optim.AdamW(
@@ -279,7 +298,7 @@ class Optimizer:
         norm = float(nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm))
         self.steps += 1
         for group in self.adamw.param_groups:
-            group["lr"] = self.config.learning_rate * min(self.steps / self.config.warmup_steps, 1.0)
+            group["lr"] = self.rate()
         finite = math.isfinite(norm)
         if finite:
             self.adamw.step()
@@ -291,6 +310,13 @@ class Optimizer:
                 "earlier checkpoint with a lower learning rate or balance.scale"
             )
         return norm
+
+    def rate(self) -> float:
+        """The learning rate of update number ``steps``."""
+        c = self.config
+        left = self.total + 1 - self.steps
+        decay = left / (c.decay_share * self.total) if c.decay_share else 1.0
+        return c.learning_rate * max(min(self.steps / c.warmup_steps, decay, 1.0), 0.0)
 
     def state(self) -> dict:
         return {"adamw": self.adamw.state_dict(), "steps": self.steps}

@@ -110,6 +110,7 @@ class TDMR1:
     """Algorithm 1. Samples of one prompt (a group) are consecutive rows throughout.
 
     Args:
+        iterations: of the whole run; learning rates that decay are stretched to it.
         group_size: samples of a prompt that are rolled out and scored, G.
         trained: samples of each group that every update sees: its extremes in the surrogate's, any in the others'.
         micro_batch: samples that go through the network at once.
@@ -124,6 +125,7 @@ class TDMR1:
         surrogate: SurrogateConfig,
         balance: BalanceConfig,
         *,
+        iterations: int,
         group_size: int,
         trained: int,
         micro_batch: int,
@@ -132,8 +134,9 @@ class TDMR1:
         self.config = surrogate
         self.group_size = group_size
         self.trained = trained
-        self.tdm = TDM(roles, empty, sampler, tdm, micro_batch=micro_batch)
-        self.surrogate = Optimizer(roles.parameters(Role.SURROGATE), surrogate.optimizer)
+        self.tdm = TDM(roles, empty, sampler, tdm, iterations=iterations, micro_batch=micro_batch)
+        updates = iterations * surrogate.draws
+        self.surrogate = Optimizer(roles.parameters(Role.SURROGATE), surrogate.optimizer, total=updates)
         self.balance = Balance(balance)
         self.probe = Probe()
 
@@ -189,7 +192,7 @@ class TDMR1:
         for part in rows.split(self.tdm.micro_batch):
             x_t, t, c = draw.x_t[part], draw.t[part], rollout.conditioning.rows(part)
             v_ref = self._reference_velocity(x_t, t, c)
-            v_base = self._frozen_velocity(Role.FAKE, x_t, t, c) if self.config.baseline == "fake" else v_ref
+            v_base = self._baseline_velocity(x_t, t, c, v_ref)
             with self.roles.use(Role.SURROGATE) as velocity:
                 v_phi = velocity(x_t, t, c)
                 loss = losses.anchored_regression(
@@ -262,6 +265,11 @@ class TDMR1:
     def _reference_velocity(self, x_t: Tensor, t: Tensor, c: Conditioning) -> Tensor:
         return self._frozen_velocity(self._reference_role(), x_t, t, c)
 
+    def _baseline_velocity(self, x_t: Tensor, t: Tensor, c: Conditioning, v_ref: Tensor) -> Tensor:
+        """What the anchored targets are measured from; the preference loss knows the reference alone."""
+        anchored = self.config.loss == "anchored" and self.config.baseline == "fake"
+        return self._frozen_velocity(Role.FAKE, x_t, t, c) if anchored else v_ref
+
     def _reference_role(self) -> Role:
         match self.config.reference:
             case "fake":
@@ -294,7 +302,7 @@ class TDMR1:
     @torch.no_grad()  # diagnostics only
     def measure_surrogate(self, rollout: Rollout, advantage: Tensor, noise: torch.Generator) -> dict[str, float]:
         """On groups that phi has not seen yet: how often its implicit reward orders a better and a worse sample
-        rightly. On a probe that stays the same: how far successive reward directions agree."""
+        rightly (.5 is chance). On a probe that stays the same: how far successive reward directions agree."""
         rows = slice(0, self.config.measured_groups * self.group_size)
         advantage = advantage[rows]
         if not bool(advantage.any()):
@@ -303,9 +311,10 @@ class TDMR1:
         x_t, eps, s, t = draw.x_t[rows], draw.eps[rows], draw.s[rows], draw.t[rows]
         c = rollout.conditioning.rows(torch.arange(len(rollout))[rows])
         v_ref = self._reference_velocity(x_t, t, c)
+        v_base = self._baseline_velocity(x_t, t, c, v_ref)
         with self.roles.use(Role.SURROGATE_EMA) as velocity:
-            v_phi = velocity(x_t, t, c)
-        implicit = losses.denoising(v_ref, x_t, eps, s, t) - losses.denoising(v_phi, x_t, eps, s, t)
+            v_phi = v_base + velocity(x_t, t, c) - v_ref  # phi's change, on top of what its targets start from
+        implicit = losses.denoising(v_base, x_t, eps, s, t) - losses.denoising(v_phi, x_t, eps, s, t)
         return {
             "surrogate/preference_accuracy": preference_accuracy(implicit, advantage, self.group_size),
             "surrogate/direction_cosine": self.probe.cosine(x_t, t, c, self.reward_part),
