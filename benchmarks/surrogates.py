@@ -70,7 +70,7 @@ def markdown(results: dict) -> str:
         "# The paper's surrogate and the anchored one",
         "",
         "Written by `python benchmarks/surrogates.py`: one seed, the same prompts, noise and reward evaluations.",
-        "Diagnostics are means over the last quarter of the run.",
+        "Diagnostics are means over the last quarter of the run (`--iterations` shortens it).",
         "",
         "| | before | " + " | ".join(f"after, {n}" for n in names) + " |",
         "|---|---|" + "---|" * len(names),
@@ -82,6 +82,7 @@ def markdown(results: dict) -> str:
     lines.append(
         "| reward evaluations | | " + " | ".join(f"{results[n]['reward_evaluations']:,}" for n in names) + " |"
     )
+    lines.append("| iterations | | " + " | ".join(str(results[n]["iterations"]) for n in names) + " |")
     for metric in DIAGNOSTICS:
         values = " | ".join(str(results[n]["diagnostics"].get(metric, "")) for n in names)
         lines.append(f"| {metric} | | {values} |")

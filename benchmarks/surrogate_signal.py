@@ -4,7 +4,7 @@ The generator stays as it is; gradients g_b of the anchored loss at phi = ref ar
 mean's squared norm, without the bias of the noise, is (|sum g|^2 - sum |g|^2) / (n (n - 1)); over the mean |g|^2 it is
 the share of a batch's gradient that is signal.
 
-Run: ``python benchmarks/signal.py`` (writes docs/results/signal.json and signal.md).
+Run: ``python benchmarks/surrogate_signal.py`` (writes docs/results/surrogate_signal.json and surrogate_signal.md).
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", type=int, default=24)
     parser.add_argument("--seed", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path("docs/results/signal.json"))
+    parser.add_argument("--out", type=Path, default=Path("docs/results/surrogate_signal.json"))
     args = parser.parse_args()
     plain = load_recipe("mini").override({"surrogate.points": "all", "surrogate.time_range": (0.0, 1.0)})
     run = Run(plain)
@@ -110,7 +110,7 @@ def markdown(result: dict) -> str:
     lines = [
         "# Where the surrogate's signal lies",
         "",
-        "Written by `python benchmarks/signal.py`: the anchored loss at phi = ref, "
+        "Written by `python benchmarks/surrogate_signal.py`: the anchored loss at phi = ref, "
         f"{result['batches']} batches of {result['samples']} scored samples, one draw each.",
         "",
         "| learned from | size of the gradient | share of it that is signal |",
