@@ -48,6 +48,18 @@ def test_bad_configuration_names_field_value_and_fix(values: dict, message: str)
     assert "\n" not in str(error.value)
 
 
+def test_a_recipe_extends_another_key_by_key(tmp_path: Path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("extends: mini\nname: mine\nsurrogate: {draws: 2}\n")
+    assert load_recipe(str(file)) == load_recipe("mini").override({"name": "mine", "surrogate.draws": 2})
+    file.write_text(f"extends: {file}\n")
+    with pytest.raises(UserError, match="extends itself"):
+        load_recipe(str(file))
+    file.write_text("extends: nobody\n")
+    with pytest.raises(UserError, match="recipe 'nobody' is neither"):
+        load_recipe(str(file))
+
+
 def test_every_setting_is_read_somewhere():
     """A key that nobody reads is a lie: each field's name is used as an attribute outside its definition."""
     code = "\n".join(p.read_text() for p in SOURCE.rglob("*.py"))

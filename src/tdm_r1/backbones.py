@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -79,13 +79,14 @@ class SD3Backbone:
     @torch.no_grad()  # text encoders are frozen in every role
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Embeds prompts exactly as the pipeline does, without the unconditional half."""
-        embeds, _, pooled, _ = self.pipeline.encode_prompt(
-            prompt=list(prompts),
-            prompt_2=None,
-            prompt_3=None,
-            do_classifier_free_guidance=False,
-            max_sequence_length=self.max_sequence_length,
-        )
+        with _quiet() if self.max_sequence_length == 1 else nullcontext():  # one T5 token: T5 is not read at all
+            embeds, _, pooled, _ = self.pipeline.encode_prompt(
+                prompt=list(prompts),
+                prompt_2=None,
+                prompt_3=None,
+                do_classifier_free_guidance=False,
+                max_sequence_length=self.max_sequence_length,
+            )
         return Conditioning(embeds, pooled)
 
     def velocity_of(self, transformer: nn.Module) -> Velocity:
@@ -154,6 +155,17 @@ def load_backbone(path: str, *, max_sequence_length: int, dtype: torch.dtype, de
         raise ValueError(f"model.path = {path!r} is a {type(pipeline).__name__}: supported is StableDiffusion3Pipeline")
     pipeline.set_progress_bar_config(disable=True)
     return SD3Backbone(pipeline.to(device), max_sequence_length=max_sequence_length)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Diffusers' warnings off for a while; that a prompt was cut to the length that was asked for is no news."""
+    before = diffusers.utils.logging.get_verbosity()
+    diffusers.utils.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        diffusers.utils.logging.set_verbosity(before)
 
 
 @contextmanager

@@ -153,8 +153,16 @@ class TrainCommand:
 def load_recipe(name: str) -> RunConfig:
     """A recipe by name, by path, or a run's own configuration by its folder.
 
+    A recipe may say ``extends: OTHER`` and give its differences alone.
+
     Raises UserError naming the field, the value and the fix.
     """
+    return validate(_recipe_values(name))
+
+
+def _recipe_values(name: str, seen: tuple[str, ...] = ()) -> Any:
+    if name in seen:
+        raise UserError(f"extends = {name!r}: recipe {name!r} extends itself; name another one")
     path = Path(name)
     if name in recipe_names():
         text = recipe_text(name)
@@ -170,7 +178,19 @@ def load_recipe(name: str) -> RunConfig:
         values = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
         raise UserError(f"recipe {name!r} is not valid YAML: {' '.join(str(error).split())}") from error
-    return validate(values)
+    if isinstance(values, dict) and "extends" in values:
+        base = values.pop("extends")
+        return _merged(_recipe_values(str(base), (*seen, name)), values)
+    return values
+
+
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """``base`` with ``changes`` in place of its own; groups of settings are merged key by key."""
+    merged = dict(base)
+    for key, value in changes.items():
+        old = merged.get(key)
+        merged[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
 
 
 def validate(values: Any) -> RunConfig:

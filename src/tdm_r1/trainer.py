@@ -146,10 +146,10 @@ class Run:
         else:
 
             def score_latents(latents: Tensor) -> Tensor:
+                self.scored += len(prompts)
                 return score(self.reward, self.backbone.decode(latents), prompts).to(latents.device)
 
             metrics = self.algorithm.step(conditioning, x_1, score_latents, noise)
-            self.scored += len(prompts)
         self.iteration += 1
         return metrics
 
