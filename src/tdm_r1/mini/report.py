@@ -82,7 +82,9 @@ def table(record: Mapping) -> Table:
     title = f"seed {record['seed']}: {record['reward_evaluations']:,} scored images, {record['minutes']} minutes"
     out = Table(title=title)
     for column in ("metric", "base, 20 steps", "4 steps, before", "4 steps, after", "better is"):
-        out.add_column(column, justify="left" if column in ("metric", "better is") else "right")
+        out.add_column(
+            column, justify="left" if column in ("metric", "better is") else "right", no_wrap=column == "metric"
+        )
     for name in record["after"]:
         values = [record[k].get(name) for k in ("base", "before", "after")]
         digits = 1 if name == "images_per_second" else 0 if name == "network_evaluations" else 3
@@ -108,7 +110,7 @@ def _rounded(metrics: Mapping[str, float]) -> dict[str, float]:
 def study(recipe: str, configs: list[RunConfig], out: Path, console: Console) -> None:
     """Runs ``configs`` (one a seed) and files their records under ``recipe`` in ``out``; keeps other recipes'.
 
-    The first seed's picture goes beside them.
+    The first seed's picture goes beside them, under the recipe's name.
     """
     results = json.loads(out.read_text()) if out.exists() else {"recipe": {}, "noise_floor": {}}
     results["noise_floor"] = noise_floor(configs[0])
@@ -116,8 +118,9 @@ def study(recipe: str, configs: list[RunConfig], out: Path, console: Console) ->
     results["recipe"][recipe] = records
     write_text(out, json.dumps(results, indent=1))
     write_text(out.with_suffix(".md"), markdown(results))
-    shutil.copyfile(configs[0].output / configs[0].name / "before_after.png", out.with_suffix(".png"))
-    console.print(f"Wrote {out}, .md and .png")
+    picture = out.with_name(f"mini_{recipe.removeprefix('mini_')}.png")
+    shutil.copyfile(configs[0].output / configs[0].name / "before_after.png", picture)
+    console.print(f"Wrote {out}, {out.with_suffix('.md')} and {picture}")
 
 
 def markdown(results: Mapping) -> str:
