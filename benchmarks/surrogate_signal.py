@@ -110,8 +110,8 @@ def markdown(result: dict) -> str:
     lines = [
         "# Where the surrogate's signal lies",
         "",
-        "Written by `python benchmarks/surrogate_signal.py`: the anchored loss at phi = ref, "
-        f"{result['batches']} batches of {result['samples']} scored samples, one draw each.",
+        f"Written by `python benchmarks/surrogate_signal.py --batches {result['batches']}`:",
+        f"the anchored loss at phi = ref, batches of {result['samples']} scored samples, one draw each.",
         "",
         "| learned from | size of the gradient | share of it that is signal |",
         "|---|---|---|",

@@ -53,7 +53,7 @@ def main() -> None:
         )
         rows.append({"weight": weight, "times": times, **{k: round(metrics[k], 4) for k in SHOWN}})
     scored = args.batches * run.config.batch.prompts * run.config.batch.group
-    result = {"scored": scored, "pictures": len(evaluator.prompts), "rows": rows}
+    result = {"batches": args.batches, "scored": scored, "pictures": len(evaluator.prompts), "rows": rows}
     args.out.write_text(json.dumps(result, indent=1))
     args.out.with_suffix(".md").write_text(markdown(result))
     print(args.out.with_suffix(".md").read_text())
@@ -87,8 +87,8 @@ def markdown(result: dict) -> str:
     lines = [
         "# How far the surrogate's direction is worth following",
         "",
-        "Written by `python benchmarks/surrogate_steering.py`: a surrogate that learnt from",
-        f"{result['scored']:,} scored pictures of the 4-step student, which stays as it is;",
+        f"Written by `python benchmarks/surrogate_steering.py --batches {result['batches']}`:",
+        f"a surrogate that learnt from {result['scored']:,} scored pictures of the 4-step student, which stays as it is;",
         f"{result['pictures']:,} pictures a row, the same noise.",
         "",
         "| weight w | in the steps from t = | " + " | ".join(SHOWN) + " |",

@@ -64,13 +64,21 @@ def main() -> None:
     print(f"Wrote {args.out}, .md and .png")
 
 
+def command(results: dict) -> str:
+    """The command that made ``results``."""
+    iterations = next(iter(results.values()))["iterations"]
+    variants = " ".join(f'"{name}"' if " " in name else name for name in results)
+    return f"python benchmarks/surrogates.py --variants {variants} --iterations {iterations}"
+
+
 def markdown(results: dict) -> str:
     names = list(results)
     lines = [
         "# The paper's surrogate and the anchored one",
         "",
-        "Written by `python benchmarks/surrogates.py`: one seed, the same prompts, noise and reward evaluations.",
-        "Diagnostics are means over the last quarter of the run (`--iterations` shortens it).",
+        f"Written by `{command(results)}`:",
+        "one seed, the same prompts, noise and reward evaluations.",
+        "Diagnostics are means over the last quarter of the run.",
         "",
         "| | before | " + " | ".join(f"after, {n}" for n in names) + " |",
         "|---|---|" + "---|" * len(names),
