@@ -24,7 +24,13 @@ def load(path: Path) -> SD3Backbone:
 
 def cast(kind: str, path: Path) -> tuple[Roles, SD3Backbone]:
     backbone = load(path)
-    return (lora_roles(backbone, lora(), OWN) if kind == "lora" else full_roles(backbone, OWN)), backbone
+    match kind:
+        case "full":
+            return full_roles(backbone, OWN), backbone
+        case "mixed":
+            return lora_roles(backbone, lora(), OWN, full=(Role.SURROGATE, Role.REFERENCE)), backbone
+        case _:
+            return lora_roles(backbone, lora(), OWN), backbone
 
 
 def inputs(backbone: SD3Backbone, n: int = 2):
@@ -39,7 +45,7 @@ def disturb(roles: Roles, role: Role) -> None:
             p.add_(0.05 * torch.ones_like(p))
 
 
-@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("kind", ["lora", "full", "mixed"])
 def test_every_role_starts_as_the_teacher_and_differs_once_trained(kind: str, random_model: Path):
     roles, backbone = cast(kind, random_model)
     args = inputs(backbone)
@@ -54,7 +60,7 @@ def test_every_role_starts_as_the_teacher_and_differs_once_trained(kind: str, ra
             assert bool((velocity(*args) != teacher).any()) == changed
 
 
-@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("kind", ["lora", "full", "mixed"])
 def test_a_step_of_one_role_leaves_every_other_parameter_bitwise_alone(kind: str, random_model: Path):
     roles, backbone = cast(kind, random_model)
     before = {role: roles.state(role) for role in OWN}
@@ -69,7 +75,7 @@ def test_a_step_of_one_role_leaves_every_other_parameter_bitwise_alone(kind: str
     assert all(torch.equal(p, base[n]) for n, p in backbone.transformer.named_parameters() if n in base)
 
 
-@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("kind", ["lora", "full", "mixed"])
 def test_gradients_survive_visits_to_every_other_role(kind: str, random_model: Path):
     """Also when the backward runs after the switch, which peft's own flags would drop."""
     roles, backbone = cast(kind, random_model)

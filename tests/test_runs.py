@@ -41,7 +41,7 @@ def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], *, atol
     "changes",
     [
         {},
-        {"surrogate": {"loss": "preference", "reference": "dynamic"}},
+        {"surrogate": {"loss": "preference", "reference": "dynamic", "weights": "lora"}},
         {
             "surrogate": {"loss": "preference", "trust_region": "anchor", "reference": "fake"},
             "balance": {"policy": "ratio"},
@@ -49,9 +49,10 @@ def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], *, atol
         {"surrogate": {"loss": "preference", "trust_region": "clip"}, "sampler": {"solver": "dpm"}},
         {"sampler": {"solver": "stochastic"}, "tdm": {"noise_range": "interval"}},
         {"algorithm": "tdm", "batch": {"group": 1}},
+        {"surrogate": {"weights": "lora"}},
         {"model": {"roles": "full"}},
     ],
-    ids=["anchored", "paper", "fake-ratio", "clip-dpm", "stochastic", "tdm", "full"],
+    ids=["anchored", "paper", "fake-ratio", "clip-dpm", "stochastic", "tdm", "lora", "full"],
 )
 def test_every_variant_trains_every_role_it_should(tiny_config: Make, changes: dict):
     run = Run(tiny_config(**changes))

@@ -39,6 +39,7 @@ class Role(StrEnum):
 
 
 TRAINED = (Role.GENERATOR, Role.FAKE, Role.SURROGATE)
+PHI = (Role.SURROGATE, Role.SURROGATE_EMA, Role.REFERENCE)  # what averages the surrogate has weights of its kind
 
 
 @dataclass(frozen=True)
@@ -201,6 +202,7 @@ def lora_roles(
     roles: tuple[Role, ...],
     *,
     teacher: Backbone | None = None,
+    full: tuple[Role, ...] = (),
     merge: bool = False,
 ) -> Roles:
     """Every role but the teacher as a LoRA adapter, all starting at their backbone's own function.
@@ -210,12 +212,16 @@ def lora_roles(
         config: the adapters' configuration; they are all alike.
         roles: which roles to cast beside the teacher.
         teacher: a second backbone, for a student whose base weights differ; it carries surrogate and reference too.
+        full: those of ``roles`` that are transformers of their own instead, copied from their backbone.
         merge: see `Roles`.
     """
     other = teacher or student
     hosts = {role: student if "generator" in role or role is Role.FAKE else other for role in roles}
+    seats = {role: _own_transformer(hosts[role]) for role in full}
     first: dict[int, str] = {}
     for role, host in hosts.items():
+        if role in full:
+            continue
         with warnings.catch_warnings():  # peft warns of a second adapter; a cast of them is what is wanted
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")
             transformer: Any = host.transformer  # a diffusers model, for its peft mix-in
@@ -228,9 +234,13 @@ def lora_roles(
                 for name, p in Roles._named(seat):
                     p.copy_(source[name])
         first.setdefault(id(host.transformer), str(role))
-    seats = {Role.TEACHER: Seat(other.transformer, None)}
-    seats |= {role: Seat(host.transformer, str(role)) for role, host in hosts.items()}
+        seats[role] = seat
+    seats[Role.TEACHER] = Seat(other.transformer, None)
     return Roles(seats, student.velocity_of, merge=merge)
+
+
+def _own_transformer(host: Backbone) -> Seat:
+    return Seat(copy.deepcopy(host.transformer), None)
 
 
 def full_roles(student: Backbone, roles: tuple[Role, ...], *, teacher: Backbone | None = None) -> Roles:
@@ -239,11 +249,8 @@ def full_roles(student: Backbone, roles: tuple[Role, ...], *, teacher: Backbone 
     seats = {Role.TEACHER: Seat(other.transformer, None)}
     for role in roles:
         host = student if "generator" in role or role is Role.FAKE else other
-        seats[role] = Seat(copy.deepcopy(host.transformer), None)
-    built = Roles(seats, student.velocity_of)
-    for p in other.transformer.parameters():
-        p.requires_grad_(False)
-    return built
+        seats[role] = _own_transformer(host)
+    return Roles(seats, student.velocity_of)
 
 
 def load_lora(roles: Roles, targets: tuple[Role, ...], folder: Path, config: LoraConfig) -> None:

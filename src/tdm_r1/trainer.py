@@ -29,7 +29,7 @@ from .evaluation import Embedder, Evaluation, Evaluator, Sampling
 from .mini import bundle
 from .randomness import numpy_rng, torch_rng
 from .rewards import Reward, load_reward, score
-from .roles import Role, Roles, full_roles, load_lora, lora_roles
+from .roles import PHI, Role, Roles, full_roles, load_lora, lora_roles
 from .tasks import PromptFileTask, Task
 
 KEPT_CHECKPOINTS = 2
@@ -110,7 +110,8 @@ class Run:
         own = OWN_ROLES[self.config.algorithm]
         if self.config.model.roles == "full":
             return full_roles(self.backbone, own, teacher=teacher)
-        return lora_roles(self.backbone, self.lora, own, teacher=teacher, merge=self.config.model.merge)
+        full = PHI if self.config.algorithm == "tdm_r1" and self.config.surrogate.weights == "full" else ()
+        return lora_roles(self.backbone, self.lora, own, teacher=teacher, full=full, merge=self.config.model.merge)
 
     def _algorithm(self) -> TDM | TDMR1:
         c, empty = self.config, self.embed([""])

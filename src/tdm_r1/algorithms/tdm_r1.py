@@ -28,6 +28,9 @@ class SurrogateConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    weights: Literal["lora", "full"] = Field(
+        "lora", description="An adapter on the backbone, or a transformer of its own, which learns more. docs/log.md."
+    )
     loss: Literal["anchored", "preference"] = Field(
         "anchored", description="anchored: a convex regression, ours. preference: the paper's Eq. 9 and 18."
     )

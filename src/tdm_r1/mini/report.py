@@ -22,7 +22,8 @@ from ..trainer import Run
 from .task import DIRECTION
 from .world import TASKS
 
-BASE_STEPS = 20  # Euler steps of the many-step base, at the recipe's teacher guidance and shift 3
+BASE_STEPS = 20  # Euler steps of the many-step base, at shift 3
+BASE_GUIDANCE = 2.0  # its guidance: the one that the student was distilled with, whatever the teacher of a recipe has
 
 
 def fresh_run(recipe: str, seed: int, output: Path, purpose: str) -> RunConfig:
@@ -40,7 +41,7 @@ def reinforce(config: RunConfig, console: Console) -> dict:
     run = Run(config, console=console)
     evaluator = run.evaluator()
     console.print(f"Sampling the many-step base ({BASE_STEPS} guided steps) ...")
-    base = evaluator(Sampling(Role.TEACHER, BASE_STEPS, config.sampler.shift, guidance=config.tdm.teacher_guidance))
+    base = evaluator(Sampling(Role.TEACHER, BASE_STEPS, config.sampler.shift, guidance=BASE_GUIDANCE))
     before = evaluator(run.few_step())
     start = time.perf_counter()
     after = run.fit()

@@ -1,4 +1,4 @@
-"""Rewards: black boxes from a batch of pictures and prompts to one score a sample. Nothing needs a gradient."""
+"""What a reward is, and how one is found: by name, or as a user's own function."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .tasks import Prompt
+from ..tasks import Prompt
 
 Reward = Callable[[np.ndarray, list[str], list[dict[str, Any]]], Sequence[float | None]]
 """``(images, prompts, metadata) -> scores``: images uint8 [B, H, W, 3]; a score of None or NaN is missing, not 0."""
 
 
 def _mini() -> Reward:
-    from .mini.task import reward
+    from ..mini.task import reward
 
     return reward
 
