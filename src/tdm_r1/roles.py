@@ -39,7 +39,7 @@ class Role(StrEnum):
 
 
 TRAINED = (Role.GENERATOR, Role.FAKE, Role.SURROGATE)
-PHI = (Role.SURROGATE, Role.SURROGATE_EMA, Role.REFERENCE)  # what averages the surrogate has weights of its kind
+PHI = (Role.SURROGATE, Role.SURROGATE_EMA, Role.REFERENCE)  # the surrogate and its averages: weights of one kind
 
 
 @dataclass(frozen=True)
