@@ -18,18 +18,20 @@ import torch
 
 from tdm_r1 import trainer
 from tdm_r1.config import load_recipe
+from tdm_r1.roles import Role, Roles
 from tdm_r1.trainer import Run
 
 
 class Meter:
-    """Seconds and network evaluations (samples through the transformer) spent inside named parts."""
+    """Seconds and network evaluations (samples through any role's transformer) spent inside named parts."""
 
-    def __init__(self, transformer: torch.nn.Module) -> None:
+    def __init__(self, roles: Roles) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
         self.forward: dict[str, int] = defaultdict(int)
         self.backward: dict[str, int] = defaultdict(int)
         self.part = "other"
-        transformer.register_forward_pre_hook(self._count, with_kwargs=True)
+        for transformer in {id(t): t for t in (roles.transformer(r) for r in Role if r in roles)}.values():
+            transformer.register_forward_pre_hook(self._count, with_kwargs=True)
 
     def _count(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         counter = self.backward if torch.is_grad_enabled() else self.forward
@@ -59,7 +61,7 @@ def main() -> None:
     config = load_recipe(args.recipe)
     run = Run(config)
     run.step()  # warm-up
-    meter = Meter(run.backbone.transformer)
+    meter = Meter(run.roles)
     algorithm = run.algorithm
     meter.wrap(algorithm.tdm, "roll_out", "rollout")
     meter.wrap(run.backbone, "decode", "decode")
