@@ -215,8 +215,7 @@ def lora_roles(
         full: those of ``roles`` that are transformers of their own instead, copied from their backbone.
         merge: see `Roles`.
     """
-    other = teacher or student
-    hosts = {role: student if "generator" in role or role is Role.FAKE else other for role in roles}
+    hosts = _hosts(student, teacher, roles)
     seats = {role: _own_transformer(hosts[role]) for role in full}
     first: dict[int, str] = {}
     for role, host in hosts.items():
@@ -235,8 +234,14 @@ def lora_roles(
                     p.copy_(source[name])
         first.setdefault(id(host.transformer), str(role))
         seats[role] = seat
-    seats[Role.TEACHER] = Seat(other.transformer, None)
+    seats[Role.TEACHER] = Seat((teacher or student).transformer, None)
     return Roles(seats, student.velocity_of, merge=merge)
+
+
+def _hosts(student: Backbone, teacher: Backbone | None, roles: tuple[Role, ...]) -> dict[Role, Backbone]:
+    """The backbone that each role starts from: the student's for generator and fake score, else the teacher's."""
+    other = teacher or student
+    return {role: student if "generator" in role or role is Role.FAKE else other for role in roles}
 
 
 def _own_transformer(host: Backbone) -> Seat:
@@ -245,11 +250,8 @@ def _own_transformer(host: Backbone) -> Seat:
 
 def full_roles(student: Backbone, roles: tuple[Role, ...], *, teacher: Backbone | None = None) -> Roles:
     """Every role as a transformer of its own, copied from its backbone; the teacher is the backbone itself."""
-    other = teacher or student
-    seats = {Role.TEACHER: Seat(other.transformer, None)}
-    for role in roles:
-        host = student if "generator" in role or role is Role.FAKE else other
-        seats[role] = _own_transformer(host)
+    seats = {role: _own_transformer(host) for role, host in _hosts(student, teacher, roles).items()}
+    seats[Role.TEACHER] = Seat((teacher or student).transformer, None)
     return Roles(seats, student.velocity_of)
 
 

@@ -29,7 +29,9 @@ class SurrogateConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     weights: Literal["lora", "full"] = Field(
-        "lora", description="An adapter on the backbone, or a transformer of its own, which learns more. docs/log.md."
+        "lora",
+        description="lora: an adapter on the backbone, published. full: a transformer of its own, as are its averages; "
+        "it learns more and costs three copies; ours, docs/log.md. With model.roles = full it is full anyway.",
     )
     loss: Literal["anchored", "preference"] = Field(
         "anchored", description="anchored: a convex regression, ours. preference: the paper's Eq. 9 and 18."

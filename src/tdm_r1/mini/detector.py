@@ -191,7 +191,10 @@ def score(detections: list[Detection], spec: dict) -> Score:
 
 
 def _stands(a: Detection, b: Detection, relation: str) -> bool:
-    """GenEval's rule: the offset, less a tenth of both sizes, points more than .5 in the named direction."""
+    """Nearly GenEval's rule: the offset, less a tenth of both sizes, points more than .5 in the named direction.
+
+    GenEval divides by the whole offset (`rewards.geneval_protocol`), this by what is left of it.
+    """
     offset = np.array([a.x - b.x, a.y - b.y])
     size = 2.0 * (a.radius + b.radius)
     offset = np.sign(offset) * np.maximum(np.abs(offset) - 0.1 * size, 0.0)
