@@ -20,7 +20,6 @@ from tdm_r1.advantages import group_advantages
 from tdm_r1.algorithms.tdm import Rollout
 from tdm_r1.config import load_recipe
 from tdm_r1.randomness import numpy_rng, torch_rng
-from tdm_r1.rewards import score
 from tdm_r1.roles import Role
 from tdm_r1.trainer import Run
 
@@ -93,7 +92,8 @@ def scored_rollout(run: Run, seed: int, number: int) -> tuple[Rollout, Tensor]:
     noise = torch_rng(seed, number, "initial noise")
     x_1 = torch.randn((len(prompts), *run.backbone.latent_shape), generator=noise)
     rollout = run.algorithm.tdm.roll_out(run.embed([p.text for p in prompts]), x_1, noise)
-    rewards = score(run.reward, run.backbone.decode(rollout.trajectory.final), prompts)
+    scores = run.scorer(run.backbone.decode(rollout.trajectory.final), prompts)
+    rewards = torch.tensor(scores.values, dtype=torch.float32)
     return rollout, group_advantages(rewards.reshape(-1, c.group)).advantage.flatten()
 
 

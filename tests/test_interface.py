@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import yaml
 
-from tdm_r1 import cli, rewards
+from tdm_r1 import cli
 from tdm_r1.checkpoint import load_state, save_state
 from tdm_r1.config import RunConfig, dump, load_recipe, validate
 from tdm_r1.errors import UserError
 from tdm_r1.recipes import recipe_names
-from tdm_r1.tasks import Prompt, PromptFileTask
+from tdm_r1.tasks import PromptFileTask
 
 SOURCE = Path(__file__).parent.parent / "src" / "tdm_r1"
 
@@ -125,26 +123,7 @@ def test_help_lists_commands_and_recipes(capsys):
     assert all(word in text for word in ("train", "distill", "sample", "eval", "mini path", *recipe_names()))
 
 
-# ------------------------------------------------------------------------------------------ rewards and tasks
-
-
-def test_users_own_reward(tmp_path: Path):
-    path = tmp_path / "mine.py"
-    path.write_text("def brightness(images, prompts, metadata):\n    return images.mean((1, 2, 3)) / 255\n")
-    reward = rewards.load_reward(f"{path}:brightness")
-    images = np.stack([np.full((4, 4, 3), v, np.uint8) for v in (0, 255)])
-    assert rewards.score(reward, images, [Prompt("a"), Prompt("b")]).tolist() == [0.0, 1.0]
-    with pytest.raises(ValueError, match="has no function 'darkness'; it has: brightness"):
-        rewards.load_reward(f"{path}:darkness")
-
-
-def test_missing_scores_become_nan_and_wrong_lengths_fail():
-    images = np.zeros((3, 4, 4, 3), np.uint8)
-    prompts = [Prompt("a")] * 3
-    scores = rewards.score(lambda i, p, m: [None, math.inf, 0.5], images, prompts)
-    assert scores.isnan().tolist() == [True, True, False]
-    with pytest.raises(ValueError, match="2 scores for 3 pictures"):
-        rewards.score(lambda i, p, m: [0.0, 1.0], images, prompts)
+# ------------------------------------------------------------------------------------------ tasks
 
 
 def test_prompt_files(tmp_path: Path):

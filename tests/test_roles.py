@@ -147,10 +147,26 @@ def test_lora_round_trip_and_its_errors(random_model: Path, tmp_path: Path):
     load_lora(roles, (Role.FAKE,), tmp_path / "saved", lora())
     for name, p in roles.weights(Role.FAKE).items():
         assert torch.equal(p, roles.weights(Role.GENERATOR)[name])
-    with pytest.raises(ValueError, match=r"rank 4.*set model\.lora\.rank to 4"):
-        load_lora(roles, (Role.FAKE,), tmp_path / "saved", lora(rank=8))
+    with pytest.raises(ValueError, match=r"rank 4.*set model\.lora\.rank to 4 or more"):
+        load_lora(roles, (Role.FAKE,), tmp_path / "saved", lora(rank=2))
     with pytest.raises(ValueError, match="no LoRA at"):
         load_lora(roles, (Role.FAKE,), tmp_path / "nowhere", lora())
+
+
+def test_a_lora_starts_an_adapter_of_higher_rank_and_other_alpha(random_model: Path, tmp_path: Path):
+    roles, backbone = cast("lora", random_model)
+    disturb(roles, Role.GENERATOR)
+    backbone.save_lora(tmp_path / "saved", roles.state(Role.GENERATOR), lora())
+    wide_config = LoraConfig(r=8, lora_alpha=8, init_lora_weights="gaussian", target_modules=list(LORA_TARGETS))
+    other = load(random_model)
+    wide = lora_roles(other, wide_config, OWN)
+    load_lora(wide, (Role.FAKE,), tmp_path / "saved", wide_config)
+    with torch.no_grad(), roles.use(Role.GENERATOR) as velocity:
+        expected = velocity(*inputs(backbone))
+    with torch.no_grad(), wide.use(Role.FAKE) as velocity:
+        torch.testing.assert_close(velocity(*inputs(other)), expected)
+    new = [p[4:] for name, p in wide.weights(Role.FAKE).items() if "lora_A" in name]
+    assert all(bool(rows.abs().sum(1).all()) for rows in new)  # the added ranks can learn
 
 
 def test_merged_roles_are_the_same_roles(random_model: Path):

@@ -1,4 +1,4 @@
-"""The command line: ``tdm-r1 train | distill | sample | eval | mini``.
+"""The command line: ``tdm-r1 train | distill | sample | eval | rewards | score | serve-reward | mini``.
 
 Heavy imports stand inside the commands, so that help and errors come at once.
 """
@@ -56,6 +56,40 @@ class Eval:
     """Guidance scales of the base."""
     prompts: int = 150
     images_per_prompt: int = 4
+
+
+@dataclass
+class Score:
+    """Scores a folder of pictures with a reward; nothing is trained."""
+
+    images: Positional[Path]
+    """A folder of pictures; sub-folders count."""
+    reward: str
+    """As in training: a name (`tdm-r1 rewards`), my_rewards.py:function, a server's URL, or a weighted sum."""
+    prompts: Path | None = None
+    """A .txt with a line a picture in the order of their names, or .jsonl rows with 'file', 'prompt' and metadata."""
+    out: Path | None = None
+    """Write one JSON line a picture."""
+    workers: int = 0
+    """Worker processes; 0 scores in this one."""
+    timeout: float = 60.0
+    """Seconds that a worker or a server may take for a chunk."""
+    chunk: int = 16
+    """Pictures scored at once."""
+
+
+@dataclass
+class ServeReward:
+    """Serves a reward over HTTP, for training elsewhere or in another environment.
+
+    POST /score takes JSON with images (base64 PNG or raw arrays), prompts and metadata. Listening on anything but
+    loopback needs a token in the environment variable TDM_R1_TOKEN, on both sides.
+    """
+
+    reward: Positional[str]
+    """A name (`tdm-r1 rewards`) or my_rewards.py:function."""
+    host: str = "127.0.0.1"
+    port: int = 8000
 
 
 @dataclass
@@ -135,6 +169,9 @@ def _dispatch(args: list[str]) -> int:
         "distill": _distill,
         "sample": _sample,
         "eval": _eval,
+        "rewards": _rewards,
+        "score": _score,
+        "serve-reward": _serve_reward,
         "mini demo": _demo,
         "mini study": _study,
         "mini pretrain": _pretrain,
@@ -157,6 +194,9 @@ def _usage() -> str:
   distill RECIPE   TDM distillation of a many-step model to few steps
   sample           pictures from a model and a LoRA
   eval RECIPE      reward and held-out metrics of LoRAs and of the many-step base
+  rewards          the rewards that are known by name, and which of them work here
+  score            scores of a folder of pictures
+  serve-reward     a reward behind HTTP, in an environment of its own
   mini demo        the main job on the bundled mini model, with a before/after table and picture
   mini study       the same over seeds, filed in docs/results
   mini pretrain    make the mini base model from a seed
@@ -200,6 +240,40 @@ def _eval(args: list[str]) -> int:
     from .sampling import eval_command
 
     eval_command(tyro.cli(Eval, args=args, prog="tdm-r1 eval"))
+    return 0
+
+
+def _rewards(args: list[str]) -> int:
+    if args:
+        print("usage: tdm-r1 rewards\n\nLists the rewards that are known by name, and which of them work here.")
+        return 0 if args[0] in ("-h", "--help") else 2
+    from rich.console import Console
+
+    from .rewards.commands import list_rewards
+
+    list_rewards(Console())
+    return 0
+
+
+def _score(args: list[str]) -> int:
+    command = tyro.cli(Score, args=args, prog="tdm-r1 score")
+    from rich.console import Console
+
+    from .rewards import ScoringConfig
+    from .rewards.commands import score_folder
+
+    config = ScoringConfig(workers=command.workers, timeout=command.timeout, chunk=command.chunk)
+    score_folder(command.reward, command.images, command.prompts, command.out, config, Console())
+    return 0
+
+
+def _serve_reward(args: list[str]) -> int:
+    command = tyro.cli(ServeReward, args=args, prog="tdm-r1 serve-reward")
+    from rich.console import Console
+
+    from .rewards.commands import serve
+
+    serve(command.reward, command.host, command.port, Console())
     return 0
 
 

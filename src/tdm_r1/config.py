@@ -17,6 +17,7 @@ from .algorithms.tdm import SamplerConfig, TDMConfig
 from .algorithms.tdm_r1 import BalanceConfig, SurrogateConfig
 from .errors import UserError
 from .recipes import recipe_names, recipe_text
+from .rewards import ScoringConfig
 
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
@@ -100,7 +101,11 @@ class RunConfig(BaseModel):
     seed: int = 0
     iterations: int = Field(100, ge=1)
     save_every: int = Field(25, ge=1, description="Iterations between checkpoints.")
-    reward: str = Field("mini", description="A name, or your own function as my_rewards.py:function.")
+    reward: str = Field(
+        "mini",
+        description="A name (`tdm-r1 rewards`), my_rewards.py:function, a server's URL, or a sum: 'ocr + 0.5*mini'.",
+    )
+    scoring: ScoringConfig = ScoringConfig()
     model: ModelConfig = ModelConfig()
     task: TaskConfig = TaskConfig()
     batch: BatchConfig = BatchConfig()

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import flow, solvers
 from .backbones import Backbone, Conditioning, Velocity, guided
 from .randomness import torch_rng
-from .rewards import Reward, score
+from .rewards import Scorer, Scores
 from .roles import Role, Roles
 from .solvers import Solver
 from .tasks import Prompt, Task
@@ -81,11 +81,18 @@ def generate(
     return np.concatenate(chunks)
 
 
+def mean_of(scores: np.ndarray) -> float:
+    """Mean of the scores that are not missing; NaN if all are."""
+    known = scores[~np.isnan(scores)]
+    return float(known.mean()) if len(known) else math.nan
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """Metrics by name, and the pictures that they were measured on."""
 
     metrics: dict[str, float]
+    scores: Scores
     images: np.ndarray
     prompts: list[Prompt]
 
@@ -99,14 +106,14 @@ class Evaluator:
         roles: Roles,
         embed: Embedder,
         task: Task,
-        reward: Reward,
+        scorer: Scorer,
         *,
         prompts: int,
         images_per_prompt: int,
         seed: int,
         batch: int,
     ) -> None:
-        self.backbone, self.roles, self.embed, self.task, self.reward = backbone, roles, embed, task, reward
+        self.backbone, self.roles, self.embed, self.task, self.scorer = backbone, roles, embed, task, scorer
         self.images_per_prompt, self.batch = images_per_prompt, batch
         distinct = task.eval_prompts(prompts)
         self.prompts = [p for p in distinct for _ in range(images_per_prompt)]
@@ -119,12 +126,13 @@ class Evaluator:
         start = time.perf_counter()
         images = generate(self.backbone, self.roles, sampling, c, empty, self.x_1.to(c.embeds.device), batch=self.batch)
         seconds = time.perf_counter() - start
-        rewards = score(self.reward, images, self.prompts)
+        scores = self.scorer(images, self.prompts)
         metrics = {
-            "reward": float(rewards.nanmean()),
-            "reward_missing": float(rewards.isnan().sum()),
+            "reward": mean_of(scores.values),
+            "reward_missing": float(np.isnan(scores.values).sum()),
+            **{f"reward/{name}": mean_of(part) for name, part in scores.parts.items()},
             **self.task.metrics(images, self.prompts, self.images_per_prompt),
             "network_evaluations": float(sampling.network_evaluations),
             "images_per_second": len(images) / seconds,
         }
-        return Evaluation({k: v for k, v in metrics.items() if not math.isnan(v)}, images, self.prompts)
+        return Evaluation({k: v for k, v in metrics.items() if not math.isnan(v)}, scores, images, self.prompts)

@@ -258,20 +258,33 @@ def full_roles(student: Backbone, roles: tuple[Role, ...], *, teacher: Backbone 
 def load_lora(roles: Roles, targets: tuple[Role, ...], folder: Path, config: LoraConfig) -> None:
     """Starts ``targets`` from a LoRA that diffusers wrote (`Backbone.save_lora`).
 
-    Raises ValueError if its rank or alpha are not those of ``config``, since adapters of one run are alike, or if
-    its modules differ.
+    A LoRA of lower rank, or of another alpha, fits too: its weights are rescaled, the remaining ranks start from
+    nothing. Raises ValueError if its rank is higher than that of ``config``, or if its modules differ.
     """
     saved = lora_settings(folder)
-    for name, have, want in (("rank", saved.r, config.r), ("alpha", saved.lora_alpha, config.lora_alpha)):
-        if have != want:
-            raise ValueError(
-                f"the LoRA at {str(folder)!r} has {name} {have}, this run's adapters have {want}: "
-                f"set model.lora.{name} to {have}"
-            )
+    if saved.r > config.r:
+        raise ValueError(
+            f"the LoRA at {str(folder)!r} has rank {saved.r}, this run's adapters have {config.r}: "
+            f"set model.lora.rank to {saved.r} or more"
+        )
+    scale = (saved.lora_alpha / saved.r) / (config.lora_alpha / config.r)
     with safe_open(_lora_file(folder), framework="pt") as file:
         weights = {name.removeprefix("transformer."): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     for role in targets:
-        roles.load(role, weights)
+        start = roles.state(role)
+        roles.load(role, {name: _widened(name, w, scale, start.get(name)) for name, w in weights.items()})
+
+
+def _widened(name: str, weight: Tensor, scale: float, start: Tensor | None) -> Tensor:
+    """One matrix of a LoRA, in the shape of ``start``: A keeps its new rows, B has zeros in its new columns, so that
+    B A is ``scale`` times what it was."""
+    down = "lora_A" in name
+    weight = weight if down else weight * scale
+    if start is None or start.shape == weight.shape:
+        return weight  # where the module is unknown, `Roles.load` says so
+    wide = start.to(weight.dtype) if down else weight.new_zeros(start.shape)
+    wide[tuple(slice(n) for n in weight.shape)] = weight
+    return wide
 
 
 def lora_settings(folder: Path) -> LoraConfig:

@@ -6,7 +6,8 @@ import json
 import platform
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -25,12 +26,13 @@ from .backbones import SD3Backbone, load_backbone
 from .checkpoint import load_state, save_state, write_text
 from .config import ModelConfig, RunConfig, TaskConfig, dump
 from .errors import UserError
-from .evaluation import Embedder, Evaluation, Evaluator, Sampling
+from .evaluation import Embedder, Evaluation, Evaluator, Sampling, mean_of
 from .mini import bundle
 from .randomness import numpy_rng, torch_rng
-from .rewards import Reward, load_reward, score
+from .rewards import Reward, Scorer, Scores, Watch
+from .rewards.scores import joined
 from .roles import PHI, Role, Roles, full_roles, load_lora, lora_roles
-from .tasks import PromptFileTask, Task
+from .tasks import Prompt, PromptFileTask, Task
 
 KEPT_CHECKPOINTS = 2
 OWN_ROLES = {
@@ -81,7 +83,9 @@ class Run:
         self.console = console or Console()
         self.folder = config.output / config.name
         self.task = load_task(config.task)
-        self.reward = reward or load_reward(config.reward)
+        self.scorer = Scorer(config.reward, config.scoring, reward=reward)
+        self.watch = Watch()
+        self._told: set[str] = set()  # failures of the reward that were shown
         path, student, fake, length = resolve_model(config.model)
         device, dtype = resolve_device(config.model.device), getattr(torch, config.model.dtype)
         self.backbone = load_backbone(path, max_sequence_length=length, dtype=dtype, device=device)
@@ -142,17 +146,44 @@ class Run:
         device = conditioning.embeds.device
         x_1 = torch.randn(shape, generator=torch_rng(c.seed, i, "initial noise")).to(device)
         noise = torch_rng(c.seed, i, "algorithm")
+        parts: dict[str, float] = {}
         if isinstance(self.algorithm, TDM):
             metrics = self.algorithm.step(conditioning, x_1, noise)
         else:
 
             def score_latents(latents: Tensor) -> Tensor:
-                self.scored += len(prompts)
-                return score(self.reward, self.backbone.decode(latents), prompts).to(latents.device)
+                scores = self._score(latents, prompts)
+                parts.update({f"reward_parts/{name}": mean_of(part) for name, part in scores.parts.items()})
+                return torch.tensor(scores.values, dtype=torch.float32, device=latents.device)
 
             metrics = self.algorithm.step(conditioning, x_1, score_latents, noise)
         self.iteration += 1
-        return metrics
+        return metrics | parts
+
+    def _score(self, latents: Tensor, prompts: Sequence[Prompt]) -> Scores:
+        """Decodes and scores final latents [P * G, C, H, W] in micro-batches; one is scored while the next is decoded.
+
+        Raises UserError if the reward teaches nothing.
+        """
+        c = self.config.batch
+        with ThreadPoolExecutor(1) as background:
+            pending = [
+                background.submit(self.scorer.each, self.backbone.decode(part), prompts[start : start + c.micro_batch])
+                for start, part in zip(range(0, len(latents), c.micro_batch), latents.split(c.micro_batch), strict=True)
+            ]
+            chunks = [future.result() for future in pending]
+        scores = self.scorer.total([joined(term) for term in zip(*chunks, strict=True)], group_size=c.group)
+        self.scored += len(prompts)
+        self._tell(scores)
+        self.watch(scores, c.group)
+        return scores
+
+    def _tell(self, scores: Scores) -> None:
+        """Shows each thing that went wrong in scoring once."""
+        for why in scores.failures:
+            if why not in self._told:
+                self.console.print(f"reward: {why}", style="yellow", markup=False)
+                self._told.add(why)
 
     # -------------------------------------------------------------------------------------- the loop
 
@@ -161,7 +192,7 @@ class Run:
         self.open(resume=resume)
         evaluator = self.evaluator()
         last = None if self.iteration else self._evaluate(evaluator)
-        with self._progress() as (progress, bar), _interrupts() as interrupted:
+        with self._progress() as (progress, bar), _interrupts() as interrupted, self._nothing_lost():
             while self.iteration < self.config.iterations and not interrupted():
                 start = time.perf_counter()
                 metrics = self.step()
@@ -183,6 +214,20 @@ class Run:
             )
         self.export(self.folder)
         return last
+
+    @contextmanager
+    def _nothing_lost(self) -> Iterator[None]:
+        """Saves before an error for users ends the run; ends the reward's processes in any case."""
+        try:
+            yield
+        except UserError as error:
+            self.save()
+            raise UserError(
+                f"{error}. Saved after iteration {self.iteration}; once mended, go on with: "
+                f"tdm-r1 train {self.folder} --resume"
+            ) from error
+        finally:
+            self.scorer.close()
 
     @contextmanager
     def _progress(self) -> Iterator[tuple[Progress, Any]]:
@@ -207,7 +252,7 @@ class Run:
             self.roles,
             self.embed,
             self.task,
-            self.reward,
+            self.scorer,
             prompts=e.prompts,
             images_per_prompt=e.images_per_prompt,
             seed=e.seed,
@@ -220,6 +265,8 @@ class Run:
 
     def _evaluate(self, evaluator: Evaluator) -> Evaluation:
         result = evaluator(self.few_step())
+        self._tell(result.scores)
+        self.watch.require_any(result.scores)
         self._log({f"eval/{k}": v for k, v in result.metrics.items()})
         self._picture(result)
         pictures.curves(self._history(), self.folder / "curves.png")

@@ -1,22 +1,39 @@
-"""What a reward is, and how one is found: by name, or as a user's own function."""
+"""Rewards by name: what there is, what each needs, and how one is made. Heavy imports stand inside the factories."""
 
 from __future__ import annotations
 
 import importlib.util
-import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
+from .scores import Reward
 
-from ..tasks import Prompt
 
-Reward = Callable[[np.ndarray, list[str], list[dict[str, Any]]], Sequence[float | None]]
-"""``(images, prompts, metadata) -> scores``: images uint8 [B, H, W, 3]; a score of None or NaN is missing, not 0."""
+@dataclass(frozen=True)
+class Entry:
+    """A reward that is known by name.
+
+    Args:
+        summary: what it scores, and in which range.
+        make: makes it; imports what it needs.
+        extra: the extra of ``pip install 'tdm-r1[...]'`` that it needs.
+        modules: what that extra has to bring.
+        weights: hub ids of what is downloaded on first use.
+        licence: of weights or of the engine, as far as its authors state one.
+    """
+
+    summary: str
+    make: Callable[[], Reward]
+    extra: str | None = None
+    modules: tuple[str, ...] = ()
+    weights: tuple[str, ...] = ()
+    licence: str = "Apache-2.0"
+
+    def lacking(self) -> list[str]:
+        """Modules that are not installed."""
+        return [m for m in self.modules if importlib.util.find_spec(m) is None]
 
 
 def _mini() -> Reward:
@@ -25,37 +42,75 @@ def _mini() -> Reward:
     return reward
 
 
-BUILT_IN: dict[str, Callable[[], Reward]] = {"mini": _mini}
+def _ocr() -> Reward:
+    from .ocr import OCRReward, paper_fidelity
+
+    return OCRReward(paper_fidelity)
+
+
+def _ocr_flow_grpo() -> Reward:
+    from .ocr import OCRReward, flow_grpo_fidelity
+
+    return OCRReward(flow_grpo_fidelity)
+
+
+def _jpeg_incompressibility() -> Reward:
+    from .jpeg import incompressibility
+
+    return incompressibility
+
+
+def _jpeg_compressibility() -> Reward:
+    from .jpeg import compressibility
+
+    return compressibility
+
+
+def _ocr_entry(summary: str, make: Callable[[], Reward]) -> Entry:
+    modules = ("rapidocr", "onnxruntime", "rapidfuzz")
+    return Entry(summary, make, "ocr", modules, licence="Apache-2.0 (PP-OCR)")
+
+
+BUILT_IN: dict[str, Entry] = {
+    "mini": Entry("Obedience to the mini world's prompts, half strict, half graded, in [0, 1].", _mini),
+    "ocr": _ocr_entry("Text fidelity, TDM-R1's formula, in [0, 1].", _ocr),
+    "ocr_flow_grpo": _ocr_entry("Text fidelity, blind to case, spaces and surplus text, in [0, 1].", _ocr_flow_grpo),
+    "jpeg_incompressibility": Entry("Size as JPEG of quality 95, in kB (DDPO).", _jpeg_incompressibility),
+    "jpeg_compressibility": Entry("The same, negated (DDPO).", _jpeg_compressibility),
+}
 
 
 def load_reward(name: str) -> Reward:
     """A reward by name, or a user's own as ``path/to/file.py:function``. Raises ValueError on anything else."""
     if name in BUILT_IN:
-        return BUILT_IN[name]()
+        entry = BUILT_IN[name]
+        if lacking := entry.lacking():
+            raise ValueError(
+                f"reward = {name!r} needs {', '.join(lacking)}, which is not installed: "
+                f"pip install 'tdm-r1[{entry.extra}]'"
+            )
+        return entry.make()
     path, colon, function = name.rpartition(":")
     if not colon or not path.endswith(".py"):
         known = ", ".join(BUILT_IN)
-        raise ValueError(f"reward = {name!r} is not known: use one of {known}, or your own as my_rewards.py:function")
-    file = Path(path)
+        raise ValueError(
+            f"reward = {name!r} is not known: use one of {known}, your own as my_rewards.py:function, "
+            "or the URL of a scoring server"
+        )
+    return _users_own(name, Path(path), function)
+
+
+def _users_own(name: str, file: Path, function: str) -> Reward:
     if not file.is_file():
-        raise ValueError(f"reward = {name!r}: no such file {path!r}")
+        raise ValueError(f"reward = {name!r}: no such file {str(file)!r}")
     spec = importlib.util.spec_from_file_location(f"tdm_r1_user_{file.stem}", file)
     if spec is None or spec.loader is None:
-        raise ValueError(f"reward = {name!r}: {path!r} cannot be imported")
+        raise ValueError(f"reward = {name!r}: {str(file)!r} cannot be imported")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     reward = getattr(module, function, None)
     if not callable(reward):
         have = ", ".join(n for n in vars(module) if callable(getattr(module, n)) and not n.startswith("_"))
-        raise ValueError(f"reward = {name!r}: {path} has no function {function!r}; it has: {have or 'none'}")
+        raise ValueError(f"reward = {name!r}: {file} has no function {function!r}; it has: {have or 'none'}")
     return reward
-
-
-def score(reward: Reward, images: np.ndarray, prompts: Sequence[Prompt]) -> Tensor:
-    """Scores a batch, float32 [B], NaN where missing. Raises ValueError if the reward breaks its contract."""
-    scores = reward(images, [p.text for p in prompts], [p.metadata for p in prompts])
-    if len(scores) != len(images):
-        raise ValueError(f"the reward returned {len(scores)} scores for {len(images)} pictures: one each is needed")
-    values = [math.nan if s is None else float(s) for s in scores]
-    return torch.tensor([v if math.isfinite(v) else math.nan for v in values], dtype=torch.float32)

@@ -1,0 +1,166 @@
+"""The reward of a run: a weighted sum of rewards, each in this process, in worker processes or behind HTTP."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from ..errors import UserError
+from ..tasks import Prompt
+from .http import RemoteReward
+from .registry import load_reward
+from .scores import Reward, Scores, attempt
+from .workers import Workers
+
+FAILED_BATCHES = 3  # in a row without any score, after which a run stops; at its start a single one is enough
+FLAT_BATCHES = 10  # from the start without any difference inside a group, after which a run stops
+
+
+class ScoringConfig(BaseModel):
+    """Where and how rewards are computed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    workers: int = Field(0, ge=0, description="Processes for each reward; 0 scores in the training process. Ours.")
+    timeout: float = Field(60.0, gt=0, description="Seconds that a worker or a server may take for a chunk. Ours.")
+    chunk: int = Field(16, ge=1, description="Samples a call, in workers and to a server. Ours.")
+    normalize: Literal["none", "group"] = Field(
+        "none", description="group: each reward of a sum has mean 0 and deviation 1 in each group first. Ours."
+    )
+
+
+@dataclass(frozen=True)
+class Term:
+    """One reward of a weighted sum."""
+
+    name: str
+    weight: float
+
+
+def parse(text: str) -> list[Term]:
+    """Terms of ``ocr + 0.5*aesthetic``. Raises UserError naming the part that is wrong."""
+    terms = []
+    for part in re.split(r"\s\+(?:\s|$)", text.strip()):
+        match = re.fullmatch(r"(?:([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)\s*\*\s*)?(.+)", part.strip())
+        if not match:
+            raise UserError(f"reward = {text!r}: {part!r} is not a reward; write NAME or WEIGHT*NAME, joined by ' + '")
+        terms.append(Term(match[2], float(match[1] or 1.0)))
+    names = [t.name for t in terms]
+    if twice := {n for n in names if names.count(n) > 1}:
+        raise UserError(f"reward = {text!r} names {min(twice)!r} twice: add the weights")
+    return terms
+
+
+class Scorer:
+    """Scores batches with a weighted sum of rewards. `close` it when done.
+
+    Args:
+        text: names with weights, such as ``ocr + 0.5*aesthetic``; a name is one of `registry.BUILT_IN`, a user's
+            ``file.py:function``, or the URL of a scoring server.
+        reward: a function in place of it.
+
+    Raises UserError or ValueError on names that are not known.
+    """
+
+    def __init__(self, text: str, config: ScoringConfig, *, reward: Reward | None = None) -> None:
+        self.config = config
+        self.terms = [Term("reward", 1.0)] if reward else parse(text)
+        self.rewards = [reward] if reward else [self._load(term.name) for term in self.terms]
+
+    def _load(self, name: str) -> Reward:
+        c = self.config
+        if name.startswith(("http://", "https://")):
+            return RemoteReward(name, timeout=c.timeout, chunk=c.chunk, connections=max(c.workers, 1))
+        if c.workers:
+            return Workers(name, load_reward, processes=c.workers, timeout=c.timeout, chunk=c.chunk)
+        return load_reward(name)
+
+    def __call__(self, images: np.ndarray, prompts: Sequence[Prompt]) -> Scores:
+        """Scores pictures, uint8 [B, H, W, 3], with the weighted sum as it is, whatever training normalises."""
+        return self.total(self.each(images, prompts))
+
+    def each(self, images: np.ndarray, prompts: Sequence[Prompt]) -> list[Scores]:
+        """The scores of every term."""
+        texts, metadata = [p.text for p in prompts], [p.metadata for p in prompts]
+        return [attempt(reward, images, texts, metadata) for reward in self.rewards]
+
+    def total(self, given: Sequence[Scores], *, group_size: int | None = None) -> Scores:
+        """The weighted sum of what `each` gave. A sample that lacks any term's score lacks the sum.
+
+        The breakdown holds every term, if there are several, and the terms' own parts.
+
+        Args:
+            group_size: consecutive samples of one prompt, inside which a sum is normalised if the configuration says
+                so; None never does.
+        """
+        several = len(self.terms) > 1
+        parts: dict[str, np.ndarray] = {}
+        total = np.zeros(len(given[0]))
+        for term, scores in zip(self.terms, given, strict=True):
+            if several:
+                parts[term.name] = scores.values
+            parts |= {f"{term.name}/{name}" if several else name: part for name, part in scores.parts.items()}
+            values = scores.values
+            if several and group_size is not None and self.config.normalize == "group":
+                values = standardised(values, group_size)
+            total += term.weight * values
+        failures = (f"{t.name}: {why}" for t, s in zip(self.terms, given, strict=True) for why in s.failures)
+        return Scores(total, parts, tuple(failures))
+
+    def close(self) -> None:
+        """Ends worker processes; they start again when needed."""
+        for reward in self.rewards:
+            if isinstance(reward, Workers):
+                reward.close()
+
+
+def standardised(values: np.ndarray, group_size: int) -> np.ndarray:
+    """``values`` [P * G] with mean 0 and deviation 1 inside each group; 0 where a group has no spread, NaN where a
+    score is missing."""
+    groups = values.reshape(-1, group_size)
+    valid = ~np.isnan(groups)
+    n = np.maximum(valid.sum(1, keepdims=True), 1)
+    centred = groups - np.where(valid, groups, 0).sum(1, keepdims=True) / n
+    std = np.sqrt(np.where(valid, centred**2, 0).sum(1, keepdims=True) / n)
+    return np.where(std > 1e-6, centred / np.maximum(std, 1e-6), 0 * groups).ravel()
+
+
+class Watch:
+    """Stops a run whose reward teaches nothing, with an explanation, rather than let it train on nothing."""
+
+    def __init__(self) -> None:
+        self.batches = 0  # of training that had a score
+        self.failed = 0  # batches in a row without any score
+        self.begun = False  # whether there was ever a score
+        self.informative = False  # whether any group had a difference so far
+
+    def __call__(self, scores: Scores, group_size: int) -> None:
+        """Looks at one batch of training. Raises UserError if the run had better stop."""
+        self.require_any(scores)
+        self.batches += 1
+        groups = scores.values.reshape(-1, group_size)
+        valid = np.isfinite(groups)
+        highest, lowest = np.where(valid, groups, -np.inf).max(1), np.where(valid, groups, np.inf).min(1)
+        self.informative = self.informative or bool((highest > lowest).any())
+        if not self.informative and self.batches >= FLAT_BATCHES:
+            raise UserError(
+                f"the reward told no two pictures of a prompt apart in {self.batches} batches (it lay between "
+                f"{np.nanmin(groups):g} and {np.nanmax(groups):g} in the last): there is nothing to learn from; look "
+                "at it with `tdm-r1 score`, give it grades in place of all or nothing, or take easier prompts"
+            )
+
+    def require_any(self, scores: Scores) -> None:
+        """Raises UserError if a batch of training or evaluation has no score at all: the first of a run, or too many
+        in a row."""
+        if not np.isnan(scores.values).all():
+            self.failed, self.begun = 0, True
+            return
+        self.failed += 1
+        if self.failed >= FAILED_BATCHES or not self.begun:
+            why = "; ".join(scores.failures) or "it returned None or NaN for every picture"
+            raise UserError(f"the reward gave no score at all for {self.failed} batch(es) in a row: {why}")

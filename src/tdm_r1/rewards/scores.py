@@ -1,0 +1,81 @@
+"""What a reward gives back: one score a sample, by name what it is made of, and what could not be scored."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import UserError
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of B samples.
+
+    Args:
+        values: float64 [B], NaN where a score is missing. Missing is not 0: the sample is masked out of its group.
+        parts: a breakdown by name, each float64 [B]; for people to read, training does not use it.
+        failures: why scores are missing, one line for each thing that went wrong.
+    """
+
+    values: np.ndarray
+    parts: Mapping[str, np.ndarray] = field(default_factory=dict)
+    failures: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+
+Reward = Callable[[np.ndarray, list[str], list[dict[str, Any]]], Scores | Sequence[float | None] | np.ndarray]
+"""``(images, prompts, metadata) -> scores``: images uint8 [B, H, W, 3]; a score of None or NaN is missing, not 0."""
+
+
+def missing(n: int, why: str) -> Scores:
+    """No score for any of ``n`` samples."""
+    return Scores(np.full(n, np.nan), {}, (why,))
+
+
+def checked(given: Scores | Sequence[float | None] | np.ndarray, n: int) -> Scores:
+    """What a reward gave for ``n`` samples, as Scores; infinities become missing. Raises ValueError if it broke its
+    contract."""
+    given = given if isinstance(given, Scores) else Scores(_column(given, n, "scores"))
+    parts = {name: _column(part, n, f"values of the part {name!r}") for name, part in given.parts.items()}
+    return Scores(_column(given.values, n, "scores"), parts, tuple(given.failures))
+
+
+def _column(values: Sequence[float | None] | np.ndarray, n: int, what: str) -> np.ndarray:
+    given = np.asarray(values, dtype=object)
+    if given.shape != (n,):
+        raise ValueError(f"the reward returned {what} of shape {given.shape} for {n} pictures: one each is needed")
+    column = np.array([np.nan if v is None else float(v) for v in given], dtype=np.float64)
+    column[~np.isfinite(column)] = np.nan
+    return column
+
+
+def attempt(reward: Reward, images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> Scores:
+    """Scores a batch; whatever goes wrong costs its scores, and is told in `Scores.failures`.
+
+    A UserError passes: it says that the input is wrong, which no later batch will mend.
+    """
+    try:
+        return checked(reward(images, prompts, metadata), len(images))
+    except UserError:
+        raise
+    except Exception as error:  # a black box may raise anything
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        return missing(len(images), f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})")
+
+
+def joined(chunks: Sequence[Scores]) -> Scores:
+    """Chunks of one batch, in order. A part that some chunk lacks is missing there."""
+    names = dict.fromkeys(name for chunk in chunks for name in chunk.parts)
+    parts = {
+        name: np.concatenate([chunk.parts.get(name, np.full(len(chunk), np.nan)) for chunk in chunks]) for name in names
+    }
+    failures = tuple(dict.fromkeys(why for chunk in chunks for why in chunk.failures))
+    return Scores(np.concatenate([chunk.values for chunk in chunks]), parts, failures)
