@@ -58,10 +58,16 @@ class TaskConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: Literal["mini", "prompts"] = Field("mini", description="The mini world, or a file of prompts.")
-    prompts: Path | None = Field(None, description="A .txt (one a line) or .jsonl (prompt + metadata) file.")
+    name: Literal["mini", "prompts", "geneval"] = Field(
+        "mini", description="The mini world, a file of prompts, or prompts drawn from GenEval's families."
+    )
+    prompts: Path | None = Field(
+        None,
+        description="A .txt (one a line) or .jsonl (prompt + metadata) file; for geneval, the official metadata to "
+        "evaluate on.",
+    )
     weights: dict[str, float] | None = Field(
-        None, description="Share of each of the mini world's families; else equal."
+        None, description="Share of each family in training; else equal (mini) or Flow-GRPO's (geneval)."
     )
 
 
@@ -136,10 +142,11 @@ class RunConfig(BaseModel):
             raise ValueError(
                 f"batch.trained = {self.batch.trained} is more than batch.group = {self.batch.group}: lower it"
             )
-        if (self.task.name == "prompts") != (self.task.prompts is not None):
+        given, name = self.task.prompts is not None, self.task.name
+        if (name == "prompts" and not given) or (name == "mini" and given):
             raise ValueError(
-                f"task.name = {self.task.name!r} with task.prompts = {self.task.prompts}: a file of prompts goes with "
-                "task.name = prompts, and only with it"
+                f"task.name = {name!r} with task.prompts = {self.task.prompts}: a file of prompts goes with "
+                "task.name = prompts, which needs one, or geneval"
             )
         return self
 

@@ -27,6 +27,7 @@ from .checkpoint import load_state, save_state, write_text
 from .config import ModelConfig, RunConfig, TaskConfig, dump
 from .errors import UserError
 from .evaluation import Embedder, Evaluation, Evaluator, Sampling, mean_of
+from .geneval_task import GenEvalTask
 from .mini import bundle
 from .randomness import numpy_rng, torch_rng
 from .rewards import Reward, Scorer, Scores, Watch
@@ -62,6 +63,8 @@ def load_task(config: TaskConfig) -> Task:
     if config.name == "prompts":
         assert config.prompts is not None  # checked by RunConfig
         return PromptFileTask(config.prompts)
+    if config.name == "geneval":
+        return GenEvalTask(config.weights, config.prompts)
     from .mini.task import MiniTask
 
     return MiniTask(config.weights)

@@ -7,7 +7,7 @@ of the soft reward is never negative, and a failed position scores 0 alone (thei
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,14 +19,27 @@ POSITION_TOLERANCE = 0.1  # of the two objects' sizes, taken off their offset
 POSITION_SHARE = 0.5  # of the offset's length that has to point in the relation's direction
 RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}  # axis and sign; y points down
 
+# The 80 classes in COCO's order; three are not called as in COCO (computer mouse, tv remote, computer keyboard).
+_COCO = (
+    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,"
+    "bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,suitcase,frisbee,"
+    "skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,tennis racket,bottle,wine glass,"
+    "cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,"
+    "potted plant,bed,dining table,toilet,tv,laptop,computer mouse,tv remote,computer keyboard,cell phone,microwave,"
+    "oven,toaster,sink,refrigerator,book,clock,vase,scissors,teddy bear,hair drier,toothbrush"
+)
+CLASSES = tuple(_COCO.split(","))
+COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+
 
 @dataclass(frozen=True)
 class Detection:
-    """One object that a detector found. ``box``: x0, y0, x1, y1 in pixels, y pointing down."""
+    """One object that a detector found. ``box``: x0, y0, x1, y1 in pixels, y pointing down; ``mask``: bool [H, W]."""
 
     name: str
     confidence: float
     box: tuple[float, float, float, float]
+    mask: np.ndarray | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

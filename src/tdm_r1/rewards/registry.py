@@ -54,6 +54,36 @@ def _ocr_flow_grpo() -> Reward:
     return OCRReward(flow_grpo_fidelity)
 
 
+def _geneval() -> Reward:
+    from .geneval import GenEvalReward
+
+    return GenEvalReward("soft")
+
+
+def _geneval_strict() -> Reward:
+    from .geneval import GenEvalReward
+
+    return GenEvalReward("strict")
+
+
+def _pickscore() -> Reward:
+    from .preference import PickScore
+
+    return PickScore()
+
+
+def _clipscore() -> Reward:
+    from .preference import CLIPScore
+
+    return CLIPScore()
+
+
+def _aesthetic() -> Reward:
+    from .preference import Aesthetic
+
+    return Aesthetic()
+
+
 def _jpeg_incompressibility() -> Reward:
     from .jpeg import incompressibility
 
@@ -71,10 +101,35 @@ def _ocr_entry(summary: str, make: Callable[[], Reward]) -> Entry:
     return Entry(summary, make, "ocr", modules, licence="Apache-2.0 (PP-OCR)")
 
 
+def _geneval_entry(summary: str, make: Callable[[], Reward]) -> Entry:
+    weights = ("facebook/mask2former-swin-small-coco-instance", "openai/clip-vit-large-patch14")
+    return Entry(summary, make, weights=weights, licence="MIT (CLIP), other (Mask2Former)")
+
+
 BUILT_IN: dict[str, Entry] = {
     "mini": Entry("Obedience to the mini world's prompts, half strict, half graded, in [0, 1].", _mini),
     "ocr": _ocr_entry("Text fidelity, TDM-R1's formula, in [0, 1].", _ocr),
     "ocr_flow_grpo": _ocr_entry("Text fidelity, blind to case, spaces and surplus text, in [0, 1].", _ocr_flow_grpo),
+    "geneval": _geneval_entry("GenEval, graded as in Flow-GRPO, in [0, 1].", _geneval),
+    "geneval_strict": _geneval_entry("GenEval's own verdict, 0 or 1.", _geneval_strict),
+    "pickscore": Entry(
+        "PickScore v1, about 20 to 23.",
+        _pickscore,
+        weights=("yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),
+        licence="none stated (PickScore_v1)",
+    ),
+    "clipscore": Entry(
+        "CLIPScore of ViT-L/14, 2.5 max(cosine, 0).",
+        _clipscore,
+        weights=("openai/clip-vit-large-patch14",),
+        licence="MIT (CLIP)",
+    ),
+    "aesthetic": Entry(
+        "LAION's aesthetic predictor, about 1 to 10, blind to the prompt.",
+        _aesthetic,
+        weights=("openai/clip-vit-large-patch14", "trl-lib/ddpo-aesthetic-predictor"),
+        licence="MIT (CLIP), Apache-2.0 (head)",
+    ),
     "jpeg_incompressibility": Entry("Size as JPEG of quality 95, in kB (DDPO).", _jpeg_incompressibility),
     "jpeg_compressibility": Entry("The same, negated (DDPO).", _jpeg_compressibility),
 }

@@ -1,0 +1,91 @@
+"""Preference and quality models on CLIP: Aesthetic, PickScore, CLIPScore. Scores are the originals' raw values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import hf_hub_download
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ..errors import UserError
+from .clip import VIT_H, VIT_L, Clip
+
+PICKSCORE = "yuvalkirstain/PickScore_v1"
+AESTHETIC = ("trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth")
+CLIP_SCORE_SCALE = 2.5  # Hessel et al. 2021
+
+
+class PickScore:
+    """PickScore v1 (Kirstain et al. 2023, arXiv 2305.01569): exp(logit scale) times the cosine, about 20 to 23."""
+
+    def __init__(self, model: str = PICKSCORE, processor: str = VIT_H) -> None:
+        self.clip = Clip(model, processor=processor)
+
+    def __call__(self, images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> np.ndarray:
+        return self.clip.logit_scale * self.clip.similarity(images, prompts)
+
+
+class CLIPScore:
+    """CLIPScore (Hessel et al. 2021, arXiv 2104.08718): 2.5 max(cosine, 0), of ViT-L/14."""
+
+    def __init__(self, model: str = VIT_L) -> None:
+        self.clip = Clip(model)
+
+    def __call__(self, images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> np.ndarray:
+        return CLIP_SCORE_SCALE * np.maximum(self.clip.similarity(images, prompts), 0.0)
+
+
+class AestheticHead(nn.Module):
+    """The LAION aesthetic predictor's layers: linear, without activations between them."""
+
+    def __init__(self, width: int = 768) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(  # the dropouts keep the checkpoint's numbering
+            nn.Linear(width, 1024),
+            nn.Dropout(0.2),
+            nn.Linear(1024, 128),
+            nn.Dropout(0.2),
+            nn.Linear(128, 64),
+            nn.Dropout(0.1),
+            nn.Linear(64, 16),
+            nn.Linear(16, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)[:, 0]
+
+
+class Aesthetic:
+    """LAION's improved aesthetic predictor (sac+logos+ava1) on CLIP ViT-L/14, about 1 to 10; blind to the prompt.
+
+    Args:
+        model: CLIP, hub id or folder.
+        head: a ``.safetensors`` or ``.pth`` file with the head's weights; downloaded if None.
+    """
+
+    def __init__(self, model: str = VIT_L, head: Path | None = None) -> None:
+        self.clip = Clip(model)
+        self.head = AestheticHead(self.clip.model.config.projection_dim)
+        self.head.load_state_dict(head_weights(head or Path(hf_hub_download(*AESTHETIC))))
+        self.head.eval().requires_grad_(False).to(self.clip.device)
+
+    @torch.no_grad()  # a frozen black box
+    def __call__(self, images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> np.ndarray:
+        return self.head(self.clip.embed_images(list(images))).double().cpu().numpy()
+
+
+def head_weights(path: Path) -> dict[str, Tensor]:
+    """Tensors of a checkpoint, without running anything that it may hold. Raises UserError on other content."""
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises several kinds; none of them may pass as a score
+        raise UserError(f"{str(path)!r} is no plain state dict: {error}") from error
+    if not isinstance(weights, dict) or not all(isinstance(w, Tensor) for w in weights.values()):
+        raise UserError(f"{str(path)!r} is no plain state dict: give the aesthetic predictor's weights")
+    return weights
