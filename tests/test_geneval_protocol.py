@@ -17,7 +17,7 @@ class Painted(Detection):
 
 def det(name: str, x: float = 50, y: float = 50, *, size: float = 20, conf: float = 0.95, color: str = "") -> Painted:
     h = size / 2
-    return Painted(name, conf, (x - h, y - h, x + h, y + h), color)
+    return Painted(name, conf, (x - h, y - h, x + h, y + h), color=color)
 
 
 def color_of(found):
