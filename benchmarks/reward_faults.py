@@ -19,18 +19,19 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-from tdm_r1.config import RunConfig, load_recipe
 from tdm_r1.errors import UserError
 from tdm_r1.rewards import Scores
 from tdm_r1.rewards.http import decode_request
-from tdm_r1.roles import Role
 from tdm_r1.tasks import Prompt
-from tdm_r1.trainer import Run
+
+if TYPE_CHECKING:  # imported where they are used: worker processes read this file for its rewards alone
+    import torch
+
+    from tdm_r1 import Run, RunConfig
 
 PROMPTS, GROUP, ITERATIONS, CHUNK, TIMEOUT = 3, 8, 4, 4, 3.0
 
@@ -143,6 +144,9 @@ class Outcome:
 
 
 def train(config: RunConfig, reward: Masked | None = None) -> Outcome:
+    from tdm_r1 import Run
+    from tdm_r1.roles import Role
+
     run = Run(config, reward=reward)
     run.task = Numbered(run)  # type: ignore[assignment]
     masks: list[np.ndarray] = []
@@ -168,6 +172,10 @@ def train(config: RunConfig, reward: Masked | None = None) -> Outcome:
 
 
 def measure(fault: str, place: str, reward: str, output: Path) -> dict[str, Any]:
+    import torch
+
+    from tdm_r1 import load_recipe
+
     changes = {
         "name": "fault",
         "output": output,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 from tdm_r1.config import RunConfig, load_recipe
 from tdm_r1.mini import autoencoder, build, features, pretrain, text
@@ -42,6 +43,25 @@ def tiny_config(random_model: Path, tmp_path: Path) -> Callable[..., RunConfig]:
         return RunConfig.model_validate(values)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a small random CLIP, its image processor and a tokenizer."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("clip")
+    tokenizer = text.build_tokenizer()
+    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPConfig(
+        text_config=tower | {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id},
+        vision_config=tower | {"image_size": 32, "patch_size": 8},
+        projection_dim=12,
+    )
+    CLIPModel(config).save_pretrained(folder)
+    size = {"height": 32, "width": 32}
+    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=size).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
 
 
 def left_brightness(images, prompts, metadata):

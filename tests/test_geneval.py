@@ -9,9 +9,6 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
-    CLIPConfig,
-    CLIPImageProcessorPil,
-    CLIPModel,
     Mask2FormerConfig,
     Mask2FormerForUniversalSegmentation,
     Mask2FormerImageProcessorPil,
@@ -20,10 +17,8 @@ from transformers import (
 
 from tdm_r1.errors import UserError
 from tdm_r1.geneval_task import SHARES, GenEvalTask, make_prompt, plural, read_metadata
-from tdm_r1.mini.text import build_tokenizer
 from tdm_r1.rewards.geneval import ClipColors, GenEvalReward, Mask2FormerDetector, cut_out, detections_of
 from tdm_r1.rewards.geneval_protocol import CLASSES, COLORS, Detection, soft, strict
-from tdm_r1.rewards.preference import Aesthetic, AestheticHead, CLIPScore, PickScore, head_weights
 
 # ------------------------------------------------------------------------------------------ detections
 
@@ -68,24 +63,6 @@ def test_objects_are_cut_out_on_grey():
 
 
 # ------------------------------------------------------------------------------------------ random small models
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("clip")
-    tokenizer = build_tokenizer()
-    text = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = CLIPConfig(
-        text_config=text | {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id},
-        vision_config=text | {"image_size": 32, "patch_size": 8},
-        projection_dim=12,
-    )
-    CLIPModel(config).save_pretrained(folder)
-    size = {"height": 32, "width": 32}
-    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=size).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -138,45 +115,6 @@ def test_the_whole_path_of_geneval_on_random_models(detector: str, clip: str):
     assert all(c in COLORS for c in colors(IMAGES[0], found[0][:3]))
     with pytest.raises(UserError, match="lacks GenEval's metadata"):
         reward(IMAGES[:1], ["a cat"], [{}])
-
-
-def test_clip_rewards_on_a_random_model(clip: str, tmp_path: Path):
-    """The definitions, against transformers' own forward."""
-    texts = ["a red circle", "two crosses", "a square"]
-    cosine = CLIPScore(clip).clip.similarity(IMAGES, texts)
-    model = CLIPModel.from_pretrained(clip).eval()
-    inner = CLIPScore(clip).clip
-    pixels = inner.images(images=list(IMAGES), return_tensors="pt")["pixel_values"]
-    length = model.config.text_config.max_position_embeddings
-    tokens = inner.texts(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-    with torch.no_grad():
-        out = model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"], pixel_values=pixels)
-    logits = out.logits_per_image.diagonal().double().numpy()
-    scale = float(model.logit_scale.detach().exp())
-    np.testing.assert_allclose(cosine, logits / scale, atol=1e-5)
-    np.testing.assert_allclose(PickScore(clip, clip)(IMAGES, texts, [{}] * 3), logits, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(CLIPScore(clip)(IMAGES, texts, [{}] * 3), 2.5 * np.maximum(cosine, 0), atol=1e-6)
-
-    head = AestheticHead(12)
-    torch.save(head.state_dict(), tmp_path / "head.pth")
-    x = inner.embed_images(list(IMAGES)).numpy().astype(np.float64)
-    for name in ("0", "2", "4", "6", "7"):  # the published checkpoint's numbering: linear, no activations
-        weight, bias = (head.state_dict()[f"layers.{name}.{kind}"].double().numpy() for kind in ("weight", "bias"))
-        x = x @ weight.T + bias
-    np.testing.assert_allclose(Aesthetic(clip, tmp_path / "head.pth")(IMAGES, texts, [{}] * 3), x[:, 0], atol=1e-5)
-
-
-class Evil:
-    def __reduce__(self):
-        return (print, ("executed",))
-
-
-@pytest.mark.parametrize("content", [Evil(), [1, 2], {"a": 3}])
-def test_nothing_but_tensors_is_loaded(content, tmp_path: Path, capsys):
-    torch.save(content, tmp_path / "head.pth")
-    with pytest.raises(UserError, match="no plain state dict"):
-        head_weights(tmp_path / "head.pth")
-    assert capsys.readouterr().out == ""
 
 
 # ------------------------------------------------------------------------------------------ prompts

@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from ..checkpoint import write_text
 from ..errors import UserError
 from ..tasks import Prompt, PromptFileTask
 from .http import TOKEN, RewardServer
@@ -74,6 +73,8 @@ def score_folder(
         scorer.close()
     scores = joined(chunks)
     if out:
+        from ..checkpoint import write_text  # torch comes with it
+
         lines = (_line(scores, i, file, p) for i, (file, p) in enumerate(zip(files, wanted, strict=True)))
         write_text(out, "".join(lines))
     _summary(scores, reward, console)

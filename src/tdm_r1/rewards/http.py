@@ -233,9 +233,9 @@ class RemoteReward:
             why = _reason(error)
             if error.code in (401, 404, 413, 422):
                 raise UserError(f"the reward server {self.url} refuses: {why}") from error
-            return missing(len(images), f"{self.url} answered {error.code}: {why}")
+            return missing(len(images), f"the server answered {error.code}: {why}")
         except Exception as error:  # slow, gone, garbage: a server may do anything
-            return missing(len(images), f"{self.url}: {type(error).__name__}: {error}")
+            return missing(len(images), f"{type(error).__name__}: {error}")
 
 
 def _scores_of(answer: dict[str, Any], n: int) -> Scores:

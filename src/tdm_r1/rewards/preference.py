@@ -1,9 +1,9 @@
-"""Preference and quality models on CLIP: Aesthetic, PickScore, CLIPScore. Scores are the originals' raw values."""
+"""Preference and quality models on CLIP: Aesthetic, PickScore, HPSv2, CLIPScore; raw values, as the originals give."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from .clip import VIT_H, VIT_L, Clip
+from .open_clip import to_transformers
 
 PICKSCORE = "yuvalkirstain/PickScore_v1"
 AESTHETIC = ("trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth")
+HPS = "xswu/HPSv2"
 CLIP_SCORE_SCALE = 2.5  # Hessel et al. 2021
 
 
@@ -37,6 +39,26 @@ class CLIPScore:
 
     def __call__(self, images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> np.ndarray:
         return CLIP_SCORE_SCALE * np.maximum(self.clip.similarity(images, prompts), 0.0)
+
+
+class HPSv2:
+    """HPS v2 and v2.1 (Wu et al. 2023, arXiv 2306.09341): the cosine without the logit scale, about .2 to .35.
+
+    The two versions are different weights, and their scores cannot be compared.
+
+    Args:
+        version: ``2`` or ``2.1``.
+        model: ViT-H/14 in transformers' format, for its configuration, tokenizer and image processor.
+        checkpoint: the weights in open_clip's names; downloaded if None.
+    """
+
+    def __init__(self, version: Literal["2", "2.1"], model: str = VIT_H, checkpoint: Path | None = None) -> None:
+        self.clip = Clip(model)
+        path = checkpoint or Path(hf_hub_download(HPS, f"HPS_v{version}_compressed.pt"))
+        self.clip.model.load_state_dict(to_transformers(plain_tensors(path)), strict=True)
+
+    def __call__(self, images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> np.ndarray:
+        return self.clip.similarity(images, prompts)
 
 
 class AestheticHead(nn.Module):
@@ -70,7 +92,7 @@ class Aesthetic:
     def __init__(self, model: str = VIT_L, head: Path | None = None) -> None:
         self.clip = Clip(model)
         self.head = AestheticHead(self.clip.model.config.projection_dim)
-        self.head.load_state_dict(head_weights(head or Path(hf_hub_download(*AESTHETIC))))
+        self.head.load_state_dict(plain_tensors(head or Path(hf_hub_download(*AESTHETIC))))
         self.head.eval().requires_grad_(False).to(self.clip.device)
 
     @torch.no_grad()  # a frozen black box
@@ -78,14 +100,18 @@ class Aesthetic:
         return self.head(self.clip.embed_images(list(images))).double().cpu().numpy()
 
 
-def head_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors of a checkpoint, without running anything that it may hold. Raises UserError on other content."""
+def plain_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors of a checkpoint, without running anything that it may hold; a ``state_dict`` in it is taken out.
+
+    Raises UserError on other content.
+    """
     if path.suffix == ".safetensors":
         return load_file(path)
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises several kinds; none of them may pass as a score
         raise UserError(f"{str(path)!r} is no plain state dict: {error}") from error
+    weights = weights.get("state_dict", weights) if isinstance(weights, dict) else weights
     if not isinstance(weights, dict) or not all(isinstance(w, Tensor) for w in weights.values()):
-        raise UserError(f"{str(path)!r} is no plain state dict: give the aesthetic predictor's weights")
+        raise UserError(f"{str(path)!r} is no plain state dict: it holds other things than tensors")
     return weights

@@ -72,6 +72,18 @@ def _pickscore() -> Reward:
     return PickScore()
 
 
+def _hpsv2() -> Reward:
+    from .preference import HPSv2
+
+    return HPSv2("2")
+
+
+def _hpsv21() -> Reward:
+    from .preference import HPSv2
+
+    return HPSv2("2.1")
+
+
 def _clipscore() -> Reward:
     from .preference import CLIPScore
 
@@ -106,6 +118,11 @@ def _geneval_entry(summary: str, make: Callable[[], Reward]) -> Entry:
     return Entry(summary, make, weights=weights, licence="MIT (CLIP), other (Mask2Former)")
 
 
+def _hps_entry(summary: str, make: Callable[[], Reward]) -> Entry:
+    weights = ("xswu/HPSv2", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K")
+    return Entry(summary, make, weights=weights, licence="Apache-2.0 (HPSv2)")
+
+
 BUILT_IN: dict[str, Entry] = {
     "mini": Entry("Obedience to the mini world's prompts, half strict, half graded, in [0, 1].", _mini),
     "ocr": _ocr_entry("Text fidelity, TDM-R1's formula, in [0, 1].", _ocr),
@@ -118,6 +135,8 @@ BUILT_IN: dict[str, Entry] = {
         weights=("yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),
         licence="none stated (PickScore_v1)",
     ),
+    "hpsv2": _hps_entry("HPS v2, about .2 to .35.", _hpsv2),
+    "hpsv2.1": _hps_entry("HPS v2.1, about .2 to .35; not to be compared with v2.", _hpsv21),
     "clipscore": Entry(
         "CLIPScore of ViT-L/14, 2.5 max(cosine, 0).",
         _clipscore,
