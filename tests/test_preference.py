@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import CLIPModel
+from transformers import BlipTextConfig, BlipVisionConfig, CLIPModel
 
 from tdm_r1.errors import UserError
+from tdm_r1.rewards.image_reward import DEVIATION, MEAN, ImageReward, ImageRewardNetwork
 from tdm_r1.rewards.open_clip import to_transformers
-from tdm_r1.rewards.preference import Aesthetic, AestheticHead, CLIPScore, HPSv2, PickScore, plain_tensors
+from tdm_r1.rewards.preference import Aesthetic, CLIPScore, HPSv2, LinearHead, PickScore, plain_tensors
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 48, 48, 3), dtype=np.uint8)
 
@@ -34,7 +35,7 @@ def test_clip_rewards_on_a_random_model(clip: str, tmp_path: Path):
     np.testing.assert_allclose(PickScore(clip, clip)(IMAGES, texts, [{}] * 3), logits, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(CLIPScore(clip)(IMAGES, texts, [{}] * 3), 2.5 * np.maximum(cosine, 0), atol=1e-6)
 
-    head = AestheticHead(12)
+    head = LinearHead(12)
     torch.save(head.state_dict(), tmp_path / "head.pth")
     x = inner.embed_images(list(IMAGES)).numpy().astype(np.float64)
     for name in ("0", "2", "4", "6", "7"):  # the published checkpoint's numbering: linear, no activations
@@ -146,3 +147,130 @@ def test_unknown_names_are_refused():
         to_transformers({"visual.trunk.blocks": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"'attn\.scale' is no weight of a block"):
         to_transformers({"transformer.resblocks.0.attn.scale": torch.zeros(1)})
+
+
+# ------------------------------------------------------------------------------------------ ImageReward's names
+
+
+class OriginalVision(nn.Module):
+    """BLIP's ViT, written anew from its description, with the original's names."""
+
+    class Block(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
+            self.attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width)})
+            self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, 32), "fc2": nn.Linear(32, width)})
+
+        def forward(self, x):
+            x = x + self.attn["proj"](attend(*self.attn["qkv"](self.norm1(x)).chunk(3, -1)))
+            return x + self.mlp["fc2"](nn.functional.gelu(self.mlp["fc1"](self.norm2(x))))
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 17, width))
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, 8, stride=8)})
+        self.blocks = nn.ModuleList([self.Block(width), self.Block(width)])
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+
+    def forward(self, pixels):
+        x = self.patch_embed["proj"](pixels).flatten(2).mT
+        x = torch.cat([self.cls_token.expand(len(x), 1, -1), x], 1) + self.pos_embed
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+def attend(q, k, v, mask=None, heads: int = 2):
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+
+
+class OriginalAttention(nn.Module):
+    """BERT's attention with its output, residual and norm; keys and values may come from elsewhere."""
+
+    def __init__(self, width: int, source: int) -> None:
+        super().__init__()
+        sizes = {"query": width, "key": source, "value": source}
+        self.add_module("self", nn.ModuleDict({n: nn.Linear(size, width) for n, size in sizes.items()}))
+        self.output = nn.ModuleDict({"dense": nn.Linear(width, width), "LayerNorm": nn.LayerNorm(width, eps=1e-12)})
+
+    def forward(self, x, source, mask=None):
+        own = self.self
+        h = attend(own["query"](x), own["key"](source), own["value"](source), mask)
+        return self.output["LayerNorm"](x + self.output["dense"](h))
+
+
+class OriginalText(nn.Module):
+    """BLIP's BERT with cross-attention, with the original's names."""
+
+    class Layer(nn.Module):
+        def __init__(self, width: int, source: int) -> None:
+            super().__init__()
+            self.attention = OriginalAttention(width, width)
+            self.crossattention = OriginalAttention(width, source)
+            self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, 32)})
+            norm = nn.LayerNorm(width, eps=1e-12)
+            self.output = nn.ModuleDict({"dense": nn.Linear(32, width), "LayerNorm": norm})
+
+        def forward(self, x, seen, mask):
+            x = self.crossattention(self.attention(x, x, mask), seen)
+            h = self.output["dense"](nn.functional.gelu(self.intermediate["dense"](x)))
+            return self.output["LayerNorm"](x + h)
+
+    def __init__(self, vocabulary: int, width: int = 12, source: int = 16) -> None:
+        super().__init__()
+        words, places = nn.Embedding(vocabulary, width), nn.Embedding(40, width)
+        norm = nn.LayerNorm(width, eps=1e-12)
+        self.embeddings = nn.ModuleDict({"word_embeddings": words, "position_embeddings": places, "LayerNorm": norm})
+        layers = nn.ModuleList([self.Layer(width, source), self.Layer(width, source)])
+        self.encoder = nn.ModuleDict({"layer": layers})
+
+    def forward(self, ids, mask, seen):
+        e = self.embeddings
+        x = e["LayerNorm"](e["word_embeddings"](ids) + e["position_embeddings"].weight[: ids.shape[1]])
+        for layer in self.encoder["layer"]:
+            x = layer(x, seen, mask[:, None, None, :].bool())
+        return x
+
+
+def test_image_reward_is_the_original_network_under_other_names(clip: str, tmp_path: Path):
+    torch.manual_seed(2)
+    vocabulary = CLIPModel.from_pretrained(clip).config.text_config.vocab_size
+    blip = nn.ModuleDict({"visual_encoder": OriginalVision(), "text_encoder": OriginalText(vocabulary)})
+    original = nn.ModuleDict({"blip": blip, "mlp": LinearHead(12)}).eval()
+    for p in original.parameters():
+        nn.init.normal_(p, std=0.3)
+    surplus = {
+        "blip.vision_proj.weight": torch.zeros(2, 2),
+        "blip.text_encoder.embeddings.position_ids": torch.zeros(1),
+    }
+    torch.save(original.state_dict() | surplus, tmp_path / "ImageReward.pt")
+
+    def network() -> ImageRewardNetwork:
+        size = {"intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+        return ImageRewardNetwork(
+            BlipVisionConfig(hidden_size=16, image_size=32, patch_size=8, layer_norm_eps=1e-6, **size),
+            BlipTextConfig(
+                hidden_size=12,
+                encoder_hidden_size=16,
+                vocab_size=vocabulary,
+                max_position_embeddings=40,
+                is_decoder=True,
+                **size,
+            ),
+        )
+
+    texts = ["a red circle", "two crosses", "a square"]
+    reward = ImageReward(tmp_path / "ImageReward.pt", clip, network())
+    pixels = reward.processor(images=list(IMAGES), return_tensors="pt")["pixel_values"]
+    tokens = reward.tokenizer(texts, padding="max_length", truncation=True, max_length=35, return_tensors="pt")
+    with torch.no_grad():
+        read = blip["text_encoder"](tokens["input_ids"], tokens["attention_mask"], blip["visual_encoder"](pixels))
+        expected = (original["mlp"](read[:, 0]) - MEAN) / DEVIATION
+    np.testing.assert_allclose(reward(IMAGES, texts, [{}] * 3), expected.double().numpy(), rtol=1e-4, atol=1e-4)
+
+    torch.save({k: v for k, v in original.state_dict().items() if "blocks.1.mlp.fc2" not in k}, tmp_path / "part.pt")
+    with pytest.raises(UserError, match=r"lacks 2 weights, first vision\.encoder\.layers\.1\.mlp\.fc2\.bias"):
+        ImageReward(tmp_path / "part.pt", clip, network())

@@ -61,8 +61,8 @@ class HPSv2:
         return self.clip.similarity(images, prompts)
 
 
-class AestheticHead(nn.Module):
-    """The LAION aesthetic predictor's layers: linear, without activations between them."""
+class LinearHead(nn.Module):
+    """Five linear layers without activations between them, as LAION's aesthetic predictor and ImageReward have."""
 
     def __init__(self, width: int = 768) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class Aesthetic:
 
     def __init__(self, model: str = VIT_L, head: Path | None = None) -> None:
         self.clip = Clip(model)
-        self.head = AestheticHead(self.clip.model.config.projection_dim)
+        self.head = LinearHead(self.clip.model.config.projection_dim)
         self.head.load_state_dict(plain_tensors(head or Path(hf_hub_download(*AESTHETIC))))
         self.head.eval().requires_grad_(False).to(self.clip.device)
 

@@ -72,6 +72,12 @@ def _pickscore() -> Reward:
     return PickScore()
 
 
+def _image_reward() -> Reward:
+    from .image_reward import ImageReward
+
+    return ImageReward()
+
+
 def _hpsv2() -> Reward:
     from .preference import HPSv2
 
@@ -134,6 +140,12 @@ BUILT_IN: dict[str, Entry] = {
         _pickscore,
         weights=("yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),
         licence="none stated (PickScore_v1)",
+    ),
+    "imagereward": Entry(
+        "ImageReward v1.0, about -2 to 2.",
+        _image_reward,
+        weights=("THUDM/ImageReward", "google-bert/bert-base-uncased"),
+        licence="Apache-2.0",
     ),
     "hpsv2": _hps_entry("HPS v2, about .2 to .35.", _hpsv2),
     "hpsv2.1": _hps_entry("HPS v2.1, about .2 to .35; not to be compared with v2.", _hpsv21),
