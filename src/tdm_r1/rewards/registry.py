@@ -78,6 +78,12 @@ def _image_reward() -> Reward:
     return ImageReward()
 
 
+def _vlm() -> Reward:
+    from .vlm import VLMJudge
+
+    return VLMJudge()
+
+
 def _hpsv2() -> Reward:
     from .preference import HPSv2
 
@@ -146,6 +152,13 @@ BUILT_IN: dict[str, Entry] = {
         _image_reward,
         weights=("THUDM/ImageReward", "google-bert/bert-base-uncased"),
         licence="Apache-2.0",
+    ),
+    "vlm": Entry(
+        "A judge behind OpenAI's chat interface (OPENAI_BASE_URL, OPENAI_API_KEY), 1 to 5.",
+        _vlm,
+        "vlm",
+        ("openai",),
+        licence="the judge's own",
     ),
     "hpsv2": _hps_entry("HPS v2, about .2 to .35.", _hpsv2),
     "hpsv2.1": _hps_entry("HPS v2.1, about .2 to .35; not to be compared with v2.", _hpsv21),
