@@ -101,6 +101,13 @@ def test_rapidocr_reads_rendered_signs():
     assert wrong.values.tolist() == [0.5]
 
 
+@pytest.mark.parametrize("text", ["47", "803"])
+def test_one_line_is_read_without_searching_for_it(text: str):
+    image = np.full((64, 64, 3), 240, np.uint8)
+    image[14:50] = sign(text, 64, 26)[14:50]
+    assert load_reward("ocr_line")(image[None], [f'"{text}"'], [{}]).values.tolist() == [1.0]
+
+
 def test_small_pictures_are_enlarged_before_they_are_read():
     assert load_reward("ocr_flow_grpo")(sign("47", 64, 26)[None], ['"47"'], [{}]).values.tolist() == [1.0]
 

@@ -7,6 +7,9 @@ import http.server
 import json
 import math
 import os
+import socket
+import subprocess
+import sys
 import threading
 import time
 import urllib.request
@@ -455,3 +458,40 @@ def test_rewards_are_listed_with_their_state(capsys, monkeypatch):
     assert state_of(BUILT_IN["far"]) == "lacks no_such_module: pip install 'tdm-r1[far]'"
     assert state_of(BUILT_IN["mini"]) == "ready"
     assert state_of(Entry("x", lambda: brightness, weights=("nobody/nothing",))).startswith("installed; downloads")
+
+
+LIGHT = """
+import sys, threading, time, urllib.request
+HEAVY = {"torch", "diffusers", "transformers", "peft", "accelerate", "scipy", "matplotlib", "safetensors"}
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in HEAVY:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+from tdm_r1.cli import main
+threading.Thread(target=main, args=(["serve-reward", sys.argv[1], "--port", sys.argv[2]],), daemon=True).start()
+for _ in range(100):
+    try:
+        print(urllib.request.urlopen(f"http://127.0.0.1:{sys.argv[2]}/health").read().decode())
+        break
+    except OSError:
+        time.sleep(0.1)
+"""
+
+
+def test_serving_a_reward_needs_no_torch(tmp_path: Path):
+    """Environments of their own (scorers/) install this project without its dependencies."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    (tmp_path / "mine.py").write_text("def half(images, prompts, metadata):\n    return [0.5] * len(images)\n")
+    args = [sys.executable, "-c", LIGHT, f"{tmp_path}/mine.py:half", port]
+    done = subprocess.run(args, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == {"reward": f"{tmp_path}/mine.py:half"}
+
+
+@pytest.mark.parametrize("name", ["hpsv3", "deqa"])
+def test_scorers_of_their_own_environment_can_be_loaded(name: str):
+    """Their libraries are imported when the first picture comes; loading alone checks the file and the name."""
+    assert callable(load_reward(f"{Path(__file__).parent.parent}/scorers/{name}.py:{name}"))

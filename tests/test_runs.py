@@ -281,3 +281,54 @@ def test_a_constant_reward_changes_no_surrogate(tiny_config: Make, tmp_path: Pat
     metrics = run.step()
     assert metrics["reward/skipped_groups"] == 3
     assert all(torch.equal(p, before[n]) for n, p in run.roles.weights(Role.SURROGATE).items())
+
+
+# ------------------------------------------------------------------------------------------ rewards that fail
+
+
+def test_worker_processes_change_nothing(tiny_config: Make):
+    here = Run(tiny_config())
+    there = Run(tiny_config(scoring={"workers": 1, "chunk": 5}))
+    for run in (here, there):
+        run.step()
+    there.scorer.close()
+    assert_equal(weights(here), weights(there))
+
+
+def test_a_sum_of_rewards_logs_its_breakdown(tiny_config: Make):
+    config = tiny_config()
+    run = Run(tiny_config(reward=f"{config.reward} + 0.1*jpeg_compressibility", scoring={"normalize": "group"}))
+    metrics = run.step()
+    assert {f"reward_parts/{config.reward}", "reward_parts/jpeg_compressibility"} <= metrics.keys()
+
+
+class FailsAfter:
+    """Scores left brightness for a number of batches, then breaks down."""
+
+    def __init__(self, batches: int) -> None:
+        self.left = batches
+
+    def __call__(self, images, prompts, metadata):
+        self.left -= 1
+        if self.left < 0:
+            raise ConnectionError("the server is gone")
+        return images[:, :, :32].mean((1, 2, 3))
+
+
+def test_a_reward_that_breaks_down_stops_the_run_with_everything_saved(tiny_config: Make):
+    config = tiny_config(iterations=8, save_every=100)
+    with pytest.raises(UserError, match=r"for 3 batch.*the server is gone.*Saved after iteration 4.*--resume"):
+        Run(config, reward=FailsAfter(3)).fit()  # the evaluation before, two iterations; two without a score, then stop
+    run = Run(config, reward=FailsAfter(100))
+    run.fit(resume=True)
+    assert run.iteration == 8
+    rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    missing = {r["iteration"]: r["reward/missing"] for r in rows if "reward/missing" in r}
+    assert missing == {1: 0, 2: 0, 3: 12, 4: 12, 5: 0, 6: 0, 7: 0, 8: 0}
+
+
+def test_a_reward_that_never_works_stops_before_training(tiny_config: Make):
+    config = tiny_config()
+    with pytest.raises(UserError, match=r"no score at all for 1 batch.*the server is gone"):
+        Run(config, reward=FailsAfter(0)).fit()
+    assert Run(config).fit() is not None  # the folder can be used

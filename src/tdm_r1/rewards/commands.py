@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from ..tasks import Prompt, PromptFileTask
 from .http import TOKEN, RewardServer
 from .registry import BUILT_IN, Entry, load_reward
 from .scorer import Scorer, ScoringConfig
-from .scores import Scores, joined
+from .scores import Scores, joined, same_size
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -65,10 +65,10 @@ def score_folder(
     scorer = Scorer(reward, config)
     chunks = []
     try:
-        for batch in track(list(_batches(files, config.chunk)), "scoring", console=console, transient=True):
-            pictures = [_read(files[i]) for i in batch]
-            for rows in _same_size(pictures):
-                chunks.append(scorer(np.stack([pictures[r] for r in rows]), [wanted[batch[r]] for r in rows]))
+        batches = [slice(start, start + config.chunk) for start in range(0, len(files), config.chunk)]
+        for batch in track(batches, "scoring", console=console, transient=True):
+            pictures, texts = [_read(f) for f in files[batch]], wanted[batch]
+            chunks += [scorer(np.stack(pictures[s]), texts[s]) for s in same_size(pictures)]
     finally:
         scorer.close()
     scores = joined(chunks)
@@ -108,28 +108,12 @@ def prompts_of(files: Sequence[Path], path: Path | None) -> list[Prompt]:
     return prompts
 
 
-def _batches(files: Sequence[Path], size: int) -> Iterator[range]:
-    for start in range(0, len(files), size):
-        yield range(start, min(start + size, len(files)))
-
-
 def _read(file: Path) -> np.ndarray:
     try:
         with Image.open(file) as image:
             return np.asarray(image.convert("RGB"))
     except (OSError, UnidentifiedImageError) as error:
         raise UserError(f"{str(file)!r} cannot be read as a picture: {error}") from error
-
-
-def _same_size(pictures: Sequence[np.ndarray]) -> list[list[int]]:
-    """Rows of consecutive pictures of one size: rewards take arrays."""
-    spans: list[list[int]] = []
-    for i, picture in enumerate(pictures):
-        if spans and pictures[spans[-1][-1]].shape == picture.shape:
-            spans[-1].append(i)
-        else:
-            spans.append([i])
-    return spans
 
 
 def _line(scores: Scores, i: int, file: Path, prompt: Prompt) -> str:

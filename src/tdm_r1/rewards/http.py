@@ -27,7 +27,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import UserError
-from .scores import Reward, Scores, attempt, checked, joined, missing
+from .scores import Reward, Scores, attempt, checked, joined, missing, same_size
 
 TOKEN = "TDM_R1_TOKEN"  # environment variable: what server and client have to agree on
 MAX_REQUEST = 256 * 2**20  # bytes
@@ -159,7 +159,12 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             images, prompts, metadata = decode_request(body)
             with self.server.turn:
-                scores = joined([attempt(self.server.reward, *rows) for rows in _same_size(images, prompts, metadata)])
+                scores = joined(
+                    [
+                        attempt(self.server.reward, np.stack(images[s]), prompts[s], metadata[s])
+                        for s in same_size(images)
+                    ]
+                )
         except (ValueError, UserError) as error:
             self._answer(422, {"error": str(error)})
             return
@@ -186,15 +191,6 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing: a line a request says nothing that the trainer does not."""
-
-
-def _same_size(
-    images: list[np.ndarray], prompts: list[str], metadata: list[dict[str, Any]]
-) -> list[tuple[np.ndarray, list[str], list[dict[str, Any]]]]:
-    """Consecutive pictures of one size, stacked: rewards take arrays."""
-    cuts = [i for i in range(1, len(images)) if images[i].shape != images[i - 1].shape]
-    spans = zip([0, *cuts], [*cuts, len(images)], strict=True)
-    return [(np.stack(images[a:b]), prompts[a:b], metadata[a:b]) for a, b in spans]
 
 
 # ---------------------------------------------------------------------------------------------- client

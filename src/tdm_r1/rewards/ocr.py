@@ -83,15 +83,20 @@ class OCRReward:
         return Scores(values, {"exact": np.array([float(r == t) for r, t in zip(read, targets, strict=True)])})
 
 
-def rapidocr() -> Engine:
-    """RapidOCR 3.x with the detection and recognition models of its wheel, on the CPU."""
+def rapidocr(*, detect: bool = True) -> Engine:
+    """RapidOCR 3.x with the detection and recognition models of its wheel, on the CPU.
+
+    Args:
+        detect: find lines of text first; False takes the whole picture as one line, about ten times faster.
+    """
     from rapidocr import RapidOCR
 
     reader = RapidOCR(params={"Global.log_level": "error"})
     logging.getLogger("RapidOCR").setLevel(logging.ERROR)
 
     def read(image: np.ndarray) -> Sequence[str]:
-        result: Any = reader(np.ascontiguousarray(_enlarged(image)[..., ::-1]))  # it takes arrays as BGR
+        bgr = np.ascontiguousarray(_enlarged(image)[..., ::-1])  # it takes arrays as BGR
+        result: Any = reader(bgr, use_det=detect, use_cls=detect, use_rec=True)
         return result.txts or ()
 
     return read

@@ -71,6 +71,12 @@ def attempt(reward: Reward, images: np.ndarray, prompts: list[str], metadata: li
         return missing(len(images), f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})")
 
 
+def same_size(images: Sequence[np.ndarray]) -> list[slice]:
+    """Runs of consecutive pictures of one size: rewards take arrays."""
+    cuts = [i for i in range(1, len(images)) if images[i].shape != images[i - 1].shape]
+    return [slice(a, b) for a, b in zip([0, *cuts], [*cuts, len(images)], strict=True)]
+
+
 def joined(chunks: Sequence[Scores]) -> Scores:
     """Chunks of one batch, in order. A part that some chunk lacks is missing there."""
     names = dict.fromkeys(name for chunk in chunks for name in chunk.parts)

@@ -1,0 +1,31 @@
+"""DeQA-Score (You et al. 2025, arXiv 2501.11561) as a scoring server's reward: image quality, 1 to 5, blind to the
+prompt. The model's code comes with its weights and is executed: that is what ``trust_remote_code`` says.
+
+Environment and use: scorers/README.md. Not run yet: see there.
+"""
+
+from functools import lru_cache
+
+from PIL import Image
+
+
+@lru_cache(maxsize=1)
+def _model():
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        "zhiyuanyou/DeQA-Score-Mix3",
+        trust_remote_code=True,
+        attn_implementation="eager",
+        torch_dtype=torch.float16,
+        device_map="auto",
+    )
+
+
+def deqa(images, prompts, metadata):
+    """Scores of pictures, uint8 [B, H, W, 3]."""
+    import torch
+
+    with torch.no_grad():
+        return [float(score) for score in _model().score([Image.fromarray(image) for image in images])]
