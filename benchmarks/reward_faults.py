@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import threading
 import time
 import zlib
@@ -190,14 +191,13 @@ def measure(fault: str, place: str, reward: str, output: Path) -> dict[str, Any]
     row = {
         "fault": fault,
         "place": place,
-        "stopped": got.stopped,
-        "told": got.told,
+        "stopped": _short(got.stopped),
+        "told": [_short(why) for why in got.told],
         "lost": lost,
         "scored": int(sum(m.size for m in got.masks)),
     }
     if not got.stopped:
-        workers = f"{__file__}:healthy"
-        healthy_run = train(config if place == "this process" else config.override({"reward": workers}))
+        healthy_run = train(config.override({"reward": f"{__file__}:healthy"}))
         masked = train(config.override({"scoring.workers": 0}), Masked(got.masks))
         row["seconds_lost"] = round(got.seconds - healthy_run.seconds, 1)
         row["same_weights"] = all(torch.equal(p, masked.weights[n]) for n, p in got.weights.items())
@@ -253,9 +253,9 @@ def page(rows: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for r in rows:
-        fate = f"stopped: {_short(r['stopped'])}" if r["stopped"] else "went on"
+        fate = f"stopped: {r['stopped']}" if r["stopped"] else "went on"
         if not r["stopped"] and r["told"]:
-            fate += f": {_short(r['told'][0])}"
+            fate += f": {r['told'][0]}"
         lost = f"{r['lost']} of {r['scored']}"
         time_lost = f"{r['seconds_lost']:.1f} s" if "seconds_lost" in r else ""
         same = {True: "yes", False: "NO", None: ""}[r.get("same_weights")]
@@ -265,8 +265,8 @@ def page(rows: list[dict[str, Any]]) -> str:
 
 def _short(text: str) -> str:
     """A message without the folder or the port of this one run."""
-    words = [w if "/" not in w and "127.0.0.1" not in w else f"...{w.rsplit('/', 1)[-1][-40:]}" for w in text.split()]
-    return " ".join(words)[:220].replace("|", "/")
+    words = (w.rsplit("/", 1)[-1] if "/" in w else w for w in text.split())
+    return re.sub(r"127\.0\.0\.1:\d+", "the server", " ".join(words))
 
 
 if __name__ == "__main__":
