@@ -103,6 +103,7 @@ def eval_command(command: Eval) -> None:
         folder = bundle.bundle_path() / bundle.STUDENT_LORA if lora == "mini" else Path(lora)
         load_lora(run.roles, (Role.GENERATOR_EMA,), folder, run.lora)
         columns[lora] = evaluator(run.few_step()).metrics
+    run.scorer.close()
     if not columns:
         raise UserError("nothing to evaluate: give --lora, or --base-steps above 0")
     table = Table(*("metric", *columns))
