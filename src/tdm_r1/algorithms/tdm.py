@@ -131,15 +131,11 @@ class TDM:
 
     def step(self, conditioning: Conditioning, x_1: Tensor, noise: torch.Generator) -> dict[str, float]:
         """One iteration of TDM: the whole algorithm."""
-        return self.fit(self.roll_out(conditioning, x_1, noise), noise)
-
-    def fit(self, rollout: Rollout, noise: torch.Generator, reward_part: RewardPart | None = None) -> dict[str, float]:
-        """The fake score follows the generator's own samples (Eq. 1), then the generator moves (Eq. 2, with a reward
-        Eq. 10 and 11)."""
+        rollout = self.roll_out(conditioning, x_1, noise)
         metrics: dict[str, float] = {}
         for _ in range(self.config.fake_steps):
             metrics |= self.fit_fake(rollout, noise)
-        return metrics | self.fit_generator(rollout, noise, reward_part)
+        return metrics | self.fit_generator(rollout, noise)
 
     @torch.no_grad()  # the trajectory is data; only one step of it is re-run with gradient (fit_generator)
     def roll_out(

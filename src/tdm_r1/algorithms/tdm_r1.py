@@ -167,10 +167,13 @@ class TDMR1:
             metrics |= self.fit_surrogate(rollout, advantage, rows, noise)
             self.update_reference()
 
-        # 5. The fake score follows the generator's own samples (Eq. 1): the first of each group, not its extremes. And
-        # 6. the generator moves along reward and KL (Eq. 10, 11).
+        # 5. The fake score follows the generator's own samples (Eq. 1): the first of each group, not its extremes.
         rollout = rollout.rows(torch.arange(len(rollout)).reshape(-1, self.group_size)[:, : self.trained].flatten())
-        metrics |= self.tdm.fit(rollout, noise, self.reward_part)
+        for _ in range(self.tdm.config.fake_steps):
+            metrics |= self.tdm.fit_fake(rollout, noise)
+
+        # 6. The generator moves along reward and KL (Eq. 10, 11).
+        metrics |= self.tdm.fit_generator(rollout, noise, self.reward_part)
         self.balance.update(metrics["generator/reward_part"], metrics["generator/kl_part"])
         return metrics | {"generator/reward_scale": self.balance.scale}
 
