@@ -19,13 +19,13 @@ test: $(BIN)/.installed lint  ## Lint, type-check and run every test
 	$(BIN)/python -m pytest
 
 lint: $(BIN)/.installed
-	$(BIN)/ruff format --check src tests benchmarks
-	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks scorers
+	$(BIN)/ruff check src tests benchmarks scorers
 	$(BIN)/mypy
 
 format: $(BIN)/.installed
-	$(BIN)/ruff format src tests benchmarks
-	$(BIN)/ruff check --fix src tests benchmarks
+	$(BIN)/ruff format src tests benchmarks scorers
+	$(BIN)/ruff check --fix src tests benchmarks scorers
 
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from tdm_r1 import trainer
+from tdm_r1.algorithms.tdm_r1 import TDMR1
 from tdm_r1.config import load_recipe
 from tdm_r1.roles import Role, Roles
 from tdm_r1.trainer import Run
@@ -63,10 +63,11 @@ def main() -> None:
     run.step()  # warm-up
     meter = Meter(run.roles)
     algorithm = run.algorithm
+    if not isinstance(algorithm, TDMR1):
+        parser.error(f"--recipe {args.recipe}: its algorithm is {config.algorithm}; give a recipe of tdm_r1")
     meter.wrap(algorithm.tdm, "roll_out", "rollout")
     meter.wrap(run.backbone, "decode", "decode")
-    score = trainer.score
-    meter.wrap(trainer, "score", "reward")
+    meter.wrap(run.scorer, "each", "reward")
     meter.wrap(algorithm, "measure_surrogate", "diagnostics")
     meter.wrap(algorithm, "fit_surrogate", "surrogate")
     meter.wrap(algorithm.tdm, "fit_fake", "fake score")
@@ -75,7 +76,6 @@ def main() -> None:
     for _ in range(args.iterations):
         run.step()
     total = (time.perf_counter() - start) / args.iterations
-    trainer.score = score
     samples = config.batch.prompts * config.batch.group
     parts = {
         name: {
@@ -105,6 +105,7 @@ def markdown(result: dict) -> str:
         "# One iteration",
         "",
         "Written by `python benchmarks/iteration.py`. Network evaluations are per sample of the rollout.",
+        "The reward works beside the decoder, in a thread of its own: its seconds are not added to the others.",
         "",
         f"Recipe `{result['recipe']}`, {result['samples']} samples, {result['seconds']} s an iteration on "
         f"{result['threads']} threads, mean of {result['iterations']} iterations.",

@@ -169,7 +169,7 @@ def train(config: RunConfig, reward: Masked | None = None) -> Outcome:
     run.scorer.close()
     roles = (Role.GENERATOR, Role.FAKE, Role.SURROGATE, Role.SURROGATE_EMA)
     weights = {f"{r}/{n}": p for r in roles for n, p in run.roles.state(r).items()}
-    return Outcome(masks, seconds, stopped, sorted(run._told), weights)
+    return Outcome(masks, seconds, stopped, sorted(run.told), weights)
 
 
 def measure(fault: str, place: str, reward: str, output: Path) -> dict[str, Any]:

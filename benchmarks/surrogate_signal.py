@@ -11,19 +11,23 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from tdm_r1.advantages import group_advantages
 from tdm_r1.algorithms.tdm import Rollout
+from tdm_r1.algorithms.tdm_r1 import TDMR1
 from tdm_r1.config import load_recipe
 from tdm_r1.randomness import numpy_rng, torch_rng
 from tdm_r1.roles import Role
 from tdm_r1.trainer import Run
 
-SETTINGS = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "every x_{t_k}, any t": {},
     "every x_{t_k}, noise not shared": {"surrogate.shared_noise": False},
     "every x_{t_k}, baseline the reference": {"surrogate.baseline": "reference"},
@@ -65,7 +69,7 @@ def main() -> None:
     args = parser.parse_args()
     plain = load_recipe("mini").override({"surrogate.points": "all", "surrogate.time_range": (0.0, 1.0)})
     run = Run(plain)
-    group, algorithm = plain.batch.group, run.algorithm
+    group, algorithm = plain.batch.group, tdm_r1_of(run)
     sums = {name: Sums() for name in SETTINGS}
     for b in range(args.batches):
         rollout, advantage = scored_rollout(run, args.seed, b)
@@ -73,15 +77,19 @@ def main() -> None:
             algorithm.config = plain.override(changes).surrogate
             noise = torch_rng(args.seed, b, "draws")
             gradient: list[Tensor] = []
-            algorithm.surrogate.step = lambda into=gradient: collect(run, into)  # in place of the update
-            rows = advantage.nonzero()[:, 0]
-            algorithm.fit_surrogate(rollout, advantage, rows, noise)
+            with mock.patch.object(algorithm.surrogate, "step", partial(collect, run, gradient)):  # no update
+                algorithm.fit_surrogate(rollout, advantage, advantage.nonzero()[:, 0], noise)
             sums[name].add(gradient[0])
     samples = plain.batch.prompts * group
     result = {"batches": args.batches, "samples": samples, "settings": {n: s.report() for n, s in sums.items()}}
     args.out.write_text(json.dumps(result, indent=1))
     args.out.with_suffix(".md").write_text(markdown(result))
     print(args.out.with_suffix(".md").read_text())
+
+
+def tdm_r1_of(run: Run) -> TDMR1:
+    assert isinstance(run.algorithm, TDMR1)  # the recipe `mini` is one of TDM-R1
+    return run.algorithm
 
 
 def scored_rollout(run: Run, seed: int, number: int) -> tuple[Rollout, Tensor]:
@@ -91,7 +99,7 @@ def scored_rollout(run: Run, seed: int, number: int) -> tuple[Rollout, Tensor]:
     prompts = [p for p in prompts for _ in range(c.group)]
     noise = torch_rng(seed, number, "initial noise")
     x_1 = torch.randn((len(prompts), *run.backbone.latent_shape), generator=noise)
-    rollout = run.algorithm.tdm.roll_out(run.embed([p.text for p in prompts]), x_1, noise)
+    rollout = tdm_r1_of(run).tdm.roll_out(run.embed([p.text for p in prompts]), x_1, noise)
     scores = run.scorer(run.backbone.decode(rollout.trajectory.final), prompts)
     rewards = torch.tensor(scores.values, dtype=torch.float32)
     return rollout, group_advantages(rewards.reshape(-1, c.group)).advantage.flatten()

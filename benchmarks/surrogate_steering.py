@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from surrogate_signal import scored_rollout
+from surrogate_signal import scored_rollout, tdm_r1_of
 from tdm_r1 import flow, solvers
 from tdm_r1.backbones import Conditioning
 from tdm_r1.config import load_recipe
@@ -39,12 +40,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/results/surrogate_steering.json"))
     args = parser.parse_args()
     run = Run(load_recipe("mini"))
+    algorithm = tdm_r1_of(run)
     for b in track(range(args.batches), "the surrogate learns"):
         rollout, advantage = scored_rollout(run, args.seed, b)
         noise = torch_rng(args.seed, b, "draws")
         for _ in range(run.config.surrogate.draws):
-            run.algorithm.fit_surrogate(rollout, advantage, advantage.nonzero()[:, 0], noise)
-            run.algorithm.update_reference()
+            algorithm.fit_surrogate(rollout, advantage, advantage.nonzero()[:, 0], noise)
+            algorithm.update_reference()
     evaluator = run.evaluator()
     rows = []
     for weight, times in track(SETTINGS, "steering"):
@@ -65,7 +67,7 @@ def steered(run: Run, evaluator: Evaluator, weight: float, times: tuple[float, .
     c = run.embed([p.text for p in evaluator.prompts])
     grid = flow.few_step_grid(run.config.sampler.steps, run.config.sampler.shift)
 
-    def velocity(x_t: Tensor, t: Tensor, c: Conditioning) -> Tensor:
+    def velocity(c: Conditioning, x_t: Tensor, t: Tensor) -> Tensor:
         with run.roles.use(Role.GENERATOR) as of_student:
             v = of_student(x_t, t, c)
         if weight == 0 or not any(abs(float(t[0]) - at) < 1e-3 for at in times):
@@ -78,7 +80,7 @@ def steered(run: Run, evaluator: Evaluator, weight: float, times: tuple[float, .
     pictures = []
     for part in torch.arange(len(c)).split(run.config.batch.micro_batch):
         own = c.rows(part)
-        final = solvers.sample(lambda x, t, own=own: velocity(x, t, own), evaluator.x_1[part], grid).final
+        final = solvers.sample(partial(velocity, own), evaluator.x_1[part], grid).final
         pictures.append(run.backbone.decode(final))
     return np.concatenate(pictures)
 

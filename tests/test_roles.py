@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from tdm_r1.backbones import SD3Backbone, load_backbone
+from tdm_r1.backbones import PipelineBackbone, load_backbone
 from tdm_r1.config import LORA_TARGETS
 from tdm_r1.roles import Role, Roles, full_roles, load_lora, lora_roles
 
@@ -18,11 +18,11 @@ def lora(rank: int = 4) -> LoraConfig:
     return LoraConfig(r=rank, lora_alpha=2 * rank, init_lora_weights="gaussian", target_modules=list(LORA_TARGETS))
 
 
-def load(path: Path) -> SD3Backbone:
+def load(path: Path) -> PipelineBackbone:
     return load_backbone(str(path), max_sequence_length=1, dtype=torch.float32, device="cpu")
 
 
-def cast(kind: str, path: Path) -> tuple[Roles, SD3Backbone]:
+def cast(kind: str, path: Path) -> tuple[Roles, PipelineBackbone]:
     backbone = load(path)
     match kind:
         case "full":
@@ -33,7 +33,7 @@ def cast(kind: str, path: Path) -> tuple[Roles, SD3Backbone]:
             return lora_roles(backbone, lora(), OWN), backbone
 
 
-def inputs(backbone: SD3Backbone, n: int = 2):
+def inputs(backbone: PipelineBackbone, n: int = 2):
     g = torch.Generator().manual_seed(0)
     x = torch.randn(n, *backbone.latent_shape, generator=g)
     return x, torch.full((n,), 0.6), backbone.encode(["a red circle", "two crosses"][:n])

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from tdm_r1.mini import world
+from tdm_r1.mini import world, worlds
 from tdm_r1.mini.detector import Detection, detect, score
 from tdm_r1.mini.task import MiniTask, reward
 
@@ -17,7 +17,7 @@ def specs(n: int, seed: int = 0) -> list[dict]:
 
 def test_detector_reads_fresh_renders():
     asked = specs(600)
-    images = world.render_specs(asked, seed=5)
+    images = worlds.render_specs(asked, seed=5)
     scores = [score(detect(i), s) for i, s in zip(images, asked, strict=True)]
     assert np.mean([s.strict for s in scores]) >= 0.98
     assert np.mean([d.iou for i in images for d in detect(i)]) > 0.93
@@ -35,7 +35,7 @@ def test_detector_sees_what_is_wrong():
     for tag in world.TASKS:
         drawn = [world.make_spec(tag, rng) for _ in range(60)]
         asked = [_another(tag, d, rng) for d in drawn]
-        images = world.render_specs(drawn, seed=6)
+        images = worlds.render_specs(drawn, seed=6)
         strict = [score(detect(i), s).strict for i, s in zip(images, asked, strict=True)]
         assert np.mean(strict) < 0.5, tag
 
@@ -43,7 +43,7 @@ def test_detector_sees_what_is_wrong():
 def test_blur_and_noise_show_in_the_detections():
     from scipy import ndimage
 
-    images = world.render_specs(specs(60), seed=7)
+    images = worlds.render_specs(specs(60), seed=7)
     blurred = [ndimage.gaussian_filter(i, (1.2, 1.2, 0)) for i in images]
     sharp, soft = ([d for i in batch for d in detect(i)] for batch in (images, blurred))
     assert np.mean([d.edge_width for d in soft]) > 1.5 * np.mean([d.edge_width for d in sharp])
@@ -138,15 +138,15 @@ def test_captions_are_wrong_at_the_stated_rates():
 
 
 def test_renders_depend_on_seed_and_place_alone():
-    a = world.render_specs(specs(8), seed=1)
-    b = world.render_specs(specs(8), seed=1)
+    a = worlds.render_specs(specs(8), seed=1)
+    b = worlds.render_specs(specs(8), seed=1)
     assert np.array_equal(a, b)
-    assert not np.array_equal(a, world.render_specs(specs(8), seed=2))
+    assert not np.array_equal(a, worlds.render_specs(specs(8), seed=2))
 
 
 def test_reward_is_half_strict_half_soft():
     asked = specs(12)
-    images = world.render_specs(asked, seed=3)
+    images = worlds.render_specs(asked, seed=3)
     assert reward(images, [""] * 12, asked) == pytest.approx([1.0] * 12)
 
 

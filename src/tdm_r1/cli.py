@@ -25,9 +25,9 @@ class Sample:
     prompt: str
     """What to draw; several prompts are separated by |."""
     model: str = "mini"
-    """'mini', a hub id or a pipeline folder."""
+    """'mini', 'mini_signs', a hub id or a pipeline folder."""
     lora: str | None = None
-    """A LoRA folder, such as runs/mini/lora; with the mini model the default is its bundled 4-step student."""
+    """A LoRA folder, such as runs/mini/lora; with a mini model the default is its bundled 4-step student."""
     images: int = 4
     """Pictures a prompt."""
     steps: int = 4
@@ -49,7 +49,7 @@ class Eval:
     recipe: Positional[str]
     """A recipe's name, a YAML file or a run's folder."""
     lora: tuple[str, ...] = ()
-    """LoRA folders to evaluate; 'mini' is the bundled 4-step student."""
+    """LoRA folders to evaluate; a mini model's name is its bundled 4-step student."""
     base_steps: int = 20
     """Euler steps of the guided many-step base, which is evaluated first; 0 leaves it out."""
     guidance: tuple[float, ...] = (3.0,)
@@ -106,13 +106,14 @@ class Demo:
 
 @dataclass
 class Study:
-    """Runs a recipe over seeds and files the figures in docs/results/mini.json and mini.md."""
+    """Runs a recipe over seeds and files the figures in docs/results, as JSON and as a page."""
 
     recipe: Positional[str] = "mini"
     seeds: tuple[int, ...] = (0, 1, 2)
     label: str | None = None
     """Name in the results; 'demo' for the recipe mini, else the recipe's own."""
-    out: Path = Path("docs/results/mini.json")
+    out: Path | None = None
+    """The JSON file; docs/results/TASK.json if not given."""
     output: Path = Path("runs")
 
 
@@ -199,9 +200,9 @@ def _usage() -> str:
   serve-reward     a reward behind HTTP, in an environment of its own
   mini demo        the main job on the bundled mini model, with a before/after table and picture
   mini study       the same over seeds, filed in docs/results
-  mini pretrain    make the mini base model from a seed
+  mini pretrain    make a mini base model from a seed
   mini bundle RUN  put a distilled run's LoRAs beside a pretrained mini model
-  mini path        print the folder of the bundled model
+  mini path        print the folder of a bundled model
 
 recipes: {", ".join(recipe_names())}; or a YAML file; or a run's folder (with --resume)"""
 
@@ -295,14 +296,15 @@ def _study(args: list[str]) -> int:
 
     configs = [fresh_run(command.recipe, seed, command.output, "study") for seed in command.seeds]
     label = command.label or ("demo" if command.recipe == "mini" else command.recipe)
-    study(label, configs, command.out, Console())
+    study(label, configs, command.out or Path(f"docs/results/{configs[0].task.name}.json"), Console())
     return 0
 
 
 def _pretrain(args: list[str]) -> int:
-    from .mini.build import MiniConfig, build
+    from .mini.build import MiniConfig, build, preset
 
-    out = build(tyro.cli(MiniConfig, args=args, prog="tdm-r1 mini pretrain"))
+    name, rest = _mini_model(args)
+    out = build(tyro.cli(MiniConfig, default=preset(name), args=rest, prog=f"tdm-r1 mini pretrain {name}"))
     print(f"Wrote {out}")
     return 0
 
@@ -319,8 +321,19 @@ def _bundle(args: list[str]) -> int:
 def _path(args: list[str]) -> int:
     from .mini.bundle import bundle_path
 
-    print(bundle_path())
+    print(bundle_path(_mini_model(args)[0]))
     return 0
+
+
+def _mini_model(args: list[str]) -> tuple[str, list[str]]:
+    """The mini model that the first argument names, 'mini' if none does, and the other arguments."""
+    from .mini.bundle import MODELS
+
+    if not args or args[0].startswith("-"):
+        return "mini", args
+    if args[0] not in MODELS:
+        raise UserError(f"unknown mini model {args[0]!r}: known are {', '.join(MODELS)}")
+    return args[0], args[1:]
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from .errors import UserError
 from .recipes import recipe_names, recipe_text
 from .rewards import ScoringConfig
 
+TaskName = Literal["mini", "mini_signs", "prompts", "geneval"]
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
 
@@ -38,12 +39,13 @@ class ModelConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     path: str = Field(
-        "mini", description="'mini', a hub id or a folder with a diffusers pipeline: student and teacher."
+        "mini", description="'mini', 'mini_signs', a hub id or a folder with a diffusers pipeline: student and teacher."
     )
     teacher: str | None = Field(None, description="Another pipeline as teacher, if the student's base differs.")
     student_lora: str | None = Field(None, description="A LoRA folder that the generator starts from (TDM).")
     fake_lora: str | None = Field(None, description="A LoRA folder that the fake score starts from; else the teacher.")
-    max_sequence_length: int = Field(256, ge=1, le=512, description="T5 tokens; the mini model wants 1.")
+    max_sequence_length: int = Field(256, ge=1, le=512, description="Tokens of a prompt; a mini model knows its own.")
+    resolution: int | None = Field(None, ge=16, description="Side of the pictures in px; else the model's own.")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Of the frozen backbone.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     roles: Literal["lora", "full"] = Field("lora", description="Adapters on one backbone, or a copy for each role.")
@@ -58,8 +60,9 @@ class TaskConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: Literal["mini", "prompts", "geneval"] = Field(
-        "mini", description="The mini world, a file of prompts, or prompts drawn from GenEval's families."
+    name: TaskName = Field(
+        "mini",
+        description="The mini world's shapes, its signs, a file of prompts, or prompts drawn from GenEval's families.",
     )
     prompts: Path | None = Field(
         None,
@@ -94,6 +97,9 @@ class EvalConfig(BaseModel):
     images_per_prompt: int = Field(4, ge=1, description="GenEval's 4.")
     seed: int = Field(1234, description="Of the evaluation's noise; training never uses it.")
     grid_prompts: int = Field(12, ge=0, description="Pictures in the sample grid.")
+    also: tuple[Literal["mini", "mini_signs"], ...] = Field(
+        (), description="Other tasks whose metrics are reported as task/metric: what training on one does to another."
+    )
 
 
 class RunConfig(BaseModel):
@@ -143,7 +149,7 @@ class RunConfig(BaseModel):
                 f"batch.trained = {self.batch.trained} is more than batch.group = {self.batch.group}: lower it"
             )
         given, name = self.task.prompts is not None, self.task.name
-        if (name == "prompts" and not given) or (name == "mini" and given):
+        if (name == "prompts" and not given) or (name in ("mini", "mini_signs") and given):
             raise ValueError(
                 f"task.name = {name!r} with task.prompts = {self.task.prompts}: a file of prompts goes with "
                 "task.name = prompts, which needs one, or geneval"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -16,6 +16,7 @@ from . import flow, solvers
 from .backbones import Backbone, Conditioning, Velocity, guided
 from .randomness import torch_rng
 from .rewards import Scorer, Scores
+from .rewards.scores import joined
 from .roles import Role, Roles
 from .solvers import Solver
 from .tasks import Prompt, Task
@@ -49,7 +50,7 @@ class Embedder:
             if prompt not in self.cache:  # one by one: in a batch the last bits would depend on the company
                 self.cache[prompt] = self.backbone.encode([prompt])
         found = [self.cache[p] for p in prompts]
-        return Conditioning(torch.cat([c.embeds for c in found]), torch.cat([c.pooled for c in found]))
+        return Conditioning.join(found)
 
 
 def _of_prompts(velocity: Velocity, c: Conditioning, x_t: Tensor, t: Tensor) -> Tensor:
@@ -98,7 +99,11 @@ class Evaluation:
 
 
 class Evaluator:
-    """Samples a role on the task's fixed prompts and fixed noise, and measures reward and held-out metrics."""
+    """Samples a role on the task's fixed prompts and fixed noise, and measures reward and held-out metrics.
+
+    Args:
+        also: other tasks by name, sampled on their own prompts; their metrics are reported as ``name/metric``.
+    """
 
     def __init__(
         self,
@@ -112,21 +117,31 @@ class Evaluator:
         images_per_prompt: int,
         seed: int,
         batch: int,
+        also: Mapping[str, Task] | None = None,
     ) -> None:
         self.backbone, self.roles, self.embed, self.task, self.scorer = backbone, roles, embed, task, scorer
         self.images_per_prompt, self.batch = images_per_prompt, batch
-        distinct = task.eval_prompts(prompts)
-        self.prompts = [p for p in distinct for _ in range(images_per_prompt)]
+        self.also = also or {}
+        self.prompts = self._repeated(task.eval_prompts(prompts))
+        self.others = {name: self._repeated(other.eval_prompts(prompts)) for name, other in self.also.items()}
         self.x_1 = torch.randn(
             (len(self.prompts), *backbone.latent_shape), generator=torch_rng(seed, 0, "evaluation noise")
         )
 
+    def _repeated(self, prompts: list[Prompt]) -> list[Prompt]:
+        return [p for p in prompts for _ in range(self.images_per_prompt)]
+
+    def _sample(self, sampling: Sampling, prompts: list[Prompt]) -> np.ndarray:
+        c, empty = self.embed([p.text for p in prompts]), self.embed([""])
+        return generate(self.backbone, self.roles, sampling, c, empty, self.x_1.to(c.embeds.device), batch=self.batch)
+
     def __call__(self, sampling: Sampling) -> Evaluation:
-        c, empty = self.embed([p.text for p in self.prompts]), self.embed([""])
+        self.embed([p.text for p in self.prompts])  # not part of the seconds that follow
         start = time.perf_counter()
-        images = generate(self.backbone, self.roles, sampling, c, empty, self.x_1.to(c.embeds.device), batch=self.batch)
+        images = self._sample(sampling, self.prompts)
         seconds = time.perf_counter() - start
-        scores = self.scorer(images, self.prompts)
+        rows = [slice(start, start + self.batch) for start in range(0, len(images), self.batch)]
+        scores = joined([self.scorer(images[r], self.prompts[r]) for r in rows])
         metrics = {
             "reward": mean_of(scores.values),
             "reward_missing": float(np.isnan(scores.values).sum()),
@@ -135,4 +150,8 @@ class Evaluator:
             "network_evaluations": float(sampling.network_evaluations),
             "images_per_second": len(images) / seconds,
         }
+        for name, task in self.also.items():
+            prompts = self.others[name]
+            found = task.metrics(self._sample(sampling, prompts), prompts, self.images_per_prompt)
+            metrics |= {f"{name}/{metric}": value for metric, value in found.items()}
         return Evaluation({k: v for k, v in metrics.items() if not math.isnan(v)}, scores, images, self.prompts)

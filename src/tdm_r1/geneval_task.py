@@ -117,7 +117,7 @@ def _part(name: str, *, count: int = 1, **asked: Any) -> dict[str, Any]:
 
 
 def with_article(noun: str) -> str:
-    """``an apple``, ``a bench``; also ``a scissors``, as the benchmark has it."""
+    """``an apple``, ``a bench``; also ``a scissors``."""
     return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import pictures
-from .backbones import SD3Backbone, load_backbone
+from .backbones import PipelineBackbone, load_backbone
 from .config import ModelConfig, load_recipe
 from .errors import UserError
 from .evaluation import Embedder, Sampling, generate
@@ -30,8 +30,8 @@ class FewStepModel:
     """A pipeline and a LoRA, ready to sample: the library's short way to pictures.
 
     Args:
-        path: 'mini', a hub id or a pipeline folder.
-        lora: a LoRA folder; 'mini' is the bundled 4-step student; None samples the base itself.
+        path: 'mini', 'mini_signs', a hub id or a pipeline folder.
+        lora: a LoRA folder; a mini model's name is its bundled 4-step student; None samples the base itself.
         steps, shift: the few-step grid.
         max_sequence_length: T5 tokens (the mini model knows its own).
     """
@@ -46,11 +46,11 @@ class FewStepModel:
         max_sequence_length: int = 256,
         device: str = "auto",
     ) -> None:
-        folder = bundle.bundle_path() / bundle.STUDENT_LORA if lora == "mini" else lora and Path(lora)
+        folder = lora and bundle.student_path(str(lora))
         settings = lora_settings(folder) if folder else LoraConfig(r=1, target_modules=["to_q"])
         model = ModelConfig(path=path, max_sequence_length=max_sequence_length)
         resolved, _, _, length = resolve_model(model)
-        self.backbone: SD3Backbone = load_backbone(
+        self.backbone: PipelineBackbone = load_backbone(
             resolved, max_sequence_length=length, dtype=torch.float32, device=resolve_device(device)
         )
         self.roles: Roles = lora_roles(self.backbone, settings, (Role.GENERATOR,))
@@ -69,7 +69,7 @@ class FewStepModel:
 
 def sample_command(command: Sample) -> None:
     """`tdm-r1 sample`."""
-    lora = command.lora or ("mini" if command.model == "mini" else None)
+    lora = command.lora or (command.model if command.model in bundle.MODELS else None)
     model = FewStepModel(
         command.model, lora, steps=command.steps, shift=command.shift, max_sequence_length=command.max_sequence_length
     )
@@ -100,7 +100,7 @@ def eval_command(command: Eval) -> None:
             sampling = Sampling(Role.TEACHER, command.base_steps, config.sampler.shift, guidance=scale)
             columns[f"base, guidance {scale:g}"] = evaluator(sampling).metrics
     for lora in command.lora:
-        folder = bundle.bundle_path() / bundle.STUDENT_LORA if lora == "mini" else Path(lora)
+        folder = bundle.student_path(lora)
         load_lora(run.roles, (Role.GENERATOR_EMA,), folder, run.lora)
         columns[lora] = evaluator(run.few_step()).metrics
     run.scorer.close()

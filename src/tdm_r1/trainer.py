@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from torch import Tensor
 from . import pictures
 from .algorithms.tdm import TDM
 from .algorithms.tdm_r1 import TDMR1
-from .backbones import SD3Backbone, load_backbone
+from .backbones import PipelineBackbone, load_backbone
 from .checkpoint import load_state, save_state, write_text
 from .config import ModelConfig, RunConfig, TaskConfig, dump
 from .errors import UserError
@@ -48,13 +49,13 @@ def resolve_device(name: str) -> str:
 
 
 def resolve_model(config: ModelConfig) -> tuple[str, Path | None, Path | None, int]:
-    """Path of the pipeline, the generator's and the fake score's LoRA, and T5's length; 'mini' fills them in."""
+    """Path of the pipeline, the generator's and the fake score's LoRA, and T5's length; a mini model fills them in."""
     student = Path(config.student_lora) if config.student_lora else None
     fake = Path(config.fake_lora) if config.fake_lora else None
-    if config.path != "mini":
+    if config.path not in bundle.MODELS:
         return config.path, student, fake, config.max_sequence_length
-    root = bundle.bundle_path()
-    if config.student_lora == "mini":
+    root = bundle.bundle_path(config.path)
+    if config.student_lora == config.path:
         student, fake = root / bundle.STUDENT_LORA, root / bundle.FAKE_LORA
     return str(root), student, fake, bundle.MAX_SEQUENCE_LENGTH
 
@@ -65,9 +66,9 @@ def load_task(config: TaskConfig) -> Task:
         return PromptFileTask(config.prompts)
     if config.name == "geneval":
         return GenEvalTask(config.weights, config.prompts)
-    from .mini.task import MiniTask
+    from .mini.task import MiniTask, SignTask
 
-    return MiniTask(config.weights)
+    return SignTask() if config.name == "mini_signs" else MiniTask(config.weights)
 
 
 class Run:
@@ -88,20 +89,24 @@ class Run:
         self.task = load_task(config.task)
         self.scorer = Scorer(config.reward, config.scoring, reward=reward)
         self.watch = Watch()
-        self._told: set[str] = set()  # failures of the reward that were shown
+        self.told: set[str] = set()  # failures of the reward that were shown
         path, student, fake, length = resolve_model(config.model)
         device, dtype = resolve_device(config.model.device), getattr(torch, config.model.dtype)
-        self.backbone = load_backbone(path, max_sequence_length=length, dtype=dtype, device=device)
+        load = partial(
+            load_backbone,
+            max_sequence_length=length,
+            dtype=dtype,
+            device=device,
+            resolution=config.model.resolution,
+        )
+        self.backbone = load(path)
         self.lora = LoraConfig(
             r=config.model.lora.rank,
             lora_alpha=config.model.lora.alpha,
             init_lora_weights="gaussian",
             target_modules=list(config.model.lora.targets),
         )
-        teacher = config.model.teacher and load_backbone(
-            config.model.teacher, max_sequence_length=length, dtype=dtype, device=device
-        )
-        self.roles = self._cast(teacher or None)
+        self.roles = self._cast(load(config.model.teacher) if config.model.teacher else None)
         if student:
             load_lora(self.roles, (Role.GENERATOR, Role.GENERATOR_EMA), student, self.lora)
         if fake:
@@ -112,7 +117,7 @@ class Run:
         self.seconds = 0.0
         self.scored = 0
 
-    def _cast(self, teacher: SD3Backbone | None) -> Roles:
+    def _cast(self, teacher: PipelineBackbone | None) -> Roles:
         torch.manual_seed(self.config.seed)  # peft initialises adapters from the global generator
         own = OWN_ROLES[self.config.algorithm]
         if self.config.model.roles == "full":
@@ -184,9 +189,9 @@ class Run:
     def _tell(self, scores: Scores) -> None:
         """Shows each thing that went wrong in scoring once."""
         for why in scores.failures:
-            if why not in self._told:
+            if why not in self.told:
                 self.console.print(f"reward: {why}", style="yellow", markup=False)
-                self._told.add(why)
+                self.told.add(why)
 
     # -------------------------------------------------------------------------------------- the loop
 
@@ -260,6 +265,7 @@ class Run:
             images_per_prompt=e.images_per_prompt,
             seed=e.seed,
             batch=self.config.batch.micro_batch,
+            also={name: load_task(TaskConfig(name=name)) for name in e.also},
         )
 
     def few_step(self, role: Role = Role.GENERATOR_EMA) -> Sampling:

@@ -1,4 +1,4 @@
-"""Builds the mini model from a seed: autoencoder, metrics' network, base model, and the pipeline folder they go to.
+"""Builds a mini model from a seed: autoencoder, metrics' network, base model, and the pipeline folder they go to.
 
 Every stage is resumable: what lies in the working folder is used, what does not is made.
 """
@@ -21,14 +21,14 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..randomness import numpy_rng
-from . import autoencoder, bundle, features, pretrain, text
+from . import autoencoder, bundle, features, pretrain, signs, text
 from .autoencoder import AutoencoderConfig
 from .pretrain import PretrainConfig
-from .world import TASKS, make_spec, render_specs
+from .worlds import modules_of, render_specs
 
 
 class MiniConfig(BaseModel):
-    """How the mini model is made."""
+    """How a mini model is made."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -38,26 +38,43 @@ class MiniConfig(BaseModel):
     bf16: bool = False  # train the autoencoder's convolutions in bfloat16: twice as fast on processors that have it
     compiled: bool = False  # torch.compile the transformer: half as fast again, needs a C++ compiler
     start: Path | None = None  # a pipeline folder of this command to train on, with its autoencoder, not from zero
+    new_pictures: bool = False  # with start: train its autoencoder on, and a metrics' network, for families new to it
     autoencoder: AutoencoderConfig = AutoencoderConfig()
     base: PretrainConfig = PretrainConfig()
+
+
+def preset(name: str) -> MiniConfig:
+    """How the bundled model ``name`` is made; that of shapes and signs goes on from the one of shapes."""
+    if name == "mini":
+        return MiniConfig()
+    shapes = {tag: round(0.6 * weight, 3) for tag, weight in PretrainConfig().task_weights.items()}
+    return MiniConfig(
+        work=Path(f"runs/{name}_pretrain"),
+        out=Path(f"runs/{name}_pretrain/model"),
+        start=bundle.bundle_path("mini"),
+        new_pictures=True,
+        autoencoder=AutoencoderConfig(steps=1600, learning_rate=8e-4),
+        base=PretrainConfig(steps=3000, task_weights=shapes | {signs.TASK: 0.4}),
+    )
 
 
 def build(config: MiniConfig) -> Path:
     """Runs whatever stage is missing and writes the pipeline folder; returns its path."""
     if config.start and not (config.start / "model_index.json").is_file():
         raise UserError(f"start = {str(config.start)!r} is no pipeline folder: give what `tdm-r1 mini path` prints")
-    vae = _autoencoder(config)
-    net = (config.start or config.work) / "features.safetensors"
+    made = config.work if config.new_pictures or not config.start else config.start  # autoencoder, metrics' network
+    vae = _autoencoder(config, made / "vae")
+    net = made / "features.safetensors"
     if not net.exists():
         steps = 800
         with _progress("metrics' network", steps) as advance:
-            trained = features.train_features(seed=config.seed, steps=steps, on_step=advance)
+            trained = features.train_features(config.base.tags, seed=config.seed, steps=steps, on_step=advance)
         features.save_features(trained, net)
-    tokenizer = text.build_tokenizer()
+    tokenizer = text.build_tokenizer(word for world in modules_of(config.base.tags) for word in world.WORDS)
     torch.manual_seed(config.seed)
     model = pretrain.MiniBase(tokenizer)
     if config.start:
-        _continue_from(config.start, model)
+        _continue_from(config.start, model, tokenizer)
     pool = config.work / f"latents_{config.base.pool_size}.safetensors"
     with _progress("latents", config.base.pool_size) as advance:
         specs, latents = pretrain.scene_pool(config.base, vae, pool, config.seed, lambda n: advance(n - 1, 0.0))
@@ -78,15 +95,13 @@ def build(config: MiniConfig) -> Path:
     return config.out
 
 
-def _autoencoder(config: MiniConfig) -> AutoencoderTiny:
-    folder = (config.start or config.work) / "vae"
+def _autoencoder(config: MiniConfig, folder: Path) -> AutoencoderTiny:
     if folder.exists():
-        return AutoencoderTiny.from_pretrained(folder).to(memory_format=torch.channels_last)
+        return _load_autoencoder(folder)
     torch.manual_seed(config.seed)
-    vae = autoencoder.build_autoencoder()
+    vae = _load_autoencoder(config.start / "vae") if config.start else autoencoder.build_autoencoder()
     rng = numpy_rng(config.seed, 0, "autoencoder scenes")
-    specs = [make_spec(TASKS[i % len(TASKS)], rng) for i in range(config.autoencoder.pool_size)]
-    images = render_specs(specs, 100 + config.seed)
+    images = render_specs(config.base.draw_specs(config.autoencoder.pool_size, rng), 100 + config.seed)
     with _progress("autoencoder", config.autoencoder.steps + config.autoencoder.decoder_steps) as advance:
         autoencoder.train_autoencoder(
             vae, images, config.autoencoder, seed=config.seed, bf16=config.bf16, on_step=advance
@@ -98,12 +113,22 @@ def _autoencoder(config: MiniConfig) -> AutoencoderTiny:
     return vae
 
 
-def _continue_from(folder: Path, model: pretrain.MiniBase) -> None:
-    """Loads transformer and text encoders of an earlier base into ``model``."""
+def _load_autoencoder(folder: Path) -> AutoencoderTiny:
+    return AutoencoderTiny.from_pretrained(folder).to(memory_format=torch.channels_last)
+
+
+def _continue_from(folder: Path, model: pretrain.MiniBase, tokenizer: text.CLIPTokenizer) -> None:
+    """Loads transformer and text encoders of an earlier base into ``model``; words without a token there stay new."""
     pipeline = StableDiffusion3Pipeline.from_pretrained(folder, dtype=torch.float32)
     model.transformer.load_state_dict(pipeline.transformer.state_dict())
+    old = pipeline.tokenizer.get_vocab()
+    known = [(new, old[token]) for token, new in tokenizer.get_vocab().items() if token in old]
+    rows, source = torch.tensor(known).unbind(1)
     for encoder, saved in zip(model.encoders, (pipeline.text_encoder, pipeline.text_encoder_2), strict=True):
-        encoder.load_state_dict(saved.state_dict())
+        state, fresh = saved.state_dict(), encoder.state_dict()
+        words = next(name for name in state if name.endswith("token_embedding.weight"))
+        fresh[words][rows] = state[words][source].to(fresh[words])
+        encoder.load_state_dict(state | {words: fresh[words]})
 
 
 def assemble(

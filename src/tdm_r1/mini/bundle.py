@@ -1,16 +1,30 @@
-"""Where the bundled mini model lies: an SD3 pipeline folder, two LoRAs beside it, and the metrics' network."""
+"""Where the bundled mini models lie: SD3 pipeline folders, each with two LoRAs and the metrics' network beside it."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-MAX_SEQUENCE_LENGTH = 1  # zero tokens in the absent T5's place; what the base was trained with
+from ..errors import UserError
+
+MAX_SEQUENCE_LENGTH = 1  # zero tokens in the absent T5's place; what the bases were trained with
 STUDENT_LORA = "tdm_4step"  # folders beside the pipeline's own
 FAKE_LORA = "tdm_4step_fake"
+MODELS = {"mini": "TDM_R1_MINI", "mini_signs": "TDM_R1_MINI_SIGNS"}  # name: the variable that names another folder
 
 
-def bundle_path() -> Path:
-    """The folder of the mini model: $TDM_R1_MINI if set, else the one that came with the package."""
-    override = os.environ.get("TDM_R1_MINI")
-    return Path(override) if override else Path(__file__).parent / "model"
+def bundle_path(name: str = "mini") -> Path:
+    """The folder of a mini model: its environment variable if that is set, else the one that came with the package.
+
+    Raises UserError if there is none.
+    """
+    override = os.environ.get(MODELS[name])
+    folder = Path(override) if override else Path(__file__).parent / "models" / name
+    if not folder.is_dir():
+        raise UserError(f"{folder} does not exist: set {MODELS[name]} to the folder of a {name} model")
+    return folder
+
+
+def student_path(lora: str) -> Path:
+    """A LoRA's folder; a mini model's name stands for its bundled 4-step student."""
+    return bundle_path(lora) / STUDENT_LORA if lora in MODELS else Path(lora)

@@ -6,7 +6,7 @@ generators never sees it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,16 +16,24 @@ from safetensors.torch import load_file, save_file
 from scipy import linalg
 from torch import Tensor, nn
 
-from .world import COLORS, SHAPES, TASKS, Scene, make_scene, make_spec, render
+from . import signs
+from .signs import DIGITS, Sign
+from .world import COLORS, SHAPES, Scene
+from .worlds import world_of
 
 FEATURES = 48
+KINDS = (*SHAPES, *DIGITS)
 _GRID = 4  # the picture is asked about in 4 x 4 cells
 
 
 class FeatureNet(nn.Module):
-    """uint8 pictures [B, 64, 64, 3] to features [B, 48]; `logits` tells shape and colour of each cell."""
+    """uint8 pictures [B, 64, 64, 3] to features [B, 48]; `logits` tells kind and colour of each cell.
 
-    def __init__(self) -> None:
+    Args:
+        kinds: how many of `KINDS` it tells apart: the shapes, or the digits too.
+    """
+
+    def __init__(self, kinds: int = len(SHAPES)) -> None:
         super().__init__()
         self.body = nn.Sequential(
             nn.Conv2d(3, 24, 5, stride=2, padding=2),
@@ -37,7 +45,7 @@ class FeatureNet(nn.Module):
             nn.Conv2d(48, FEATURES, 3, stride=2, padding=1),
             nn.ReLU(),
         )
-        self.head = nn.Conv2d(FEATURES, len(SHAPES) + len(COLORS) + 1, 1)
+        self.head = nn.Conv2d(FEATURES, kinds + len(COLORS) + 1, 1)
 
     def maps(self, images: np.ndarray) -> Tensor:
         x = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -57,28 +65,38 @@ class FeatureNet(nn.Module):
         return torch.cat([self.maps(c).flatten(1) for c in np.array_split(images, -(-len(images) // 256))])
 
 
-def _targets(scene: Scene) -> np.ndarray:
-    cells = np.zeros((len(SHAPES) + len(COLORS) + 1, _GRID, _GRID), dtype=np.float32)
-    for o in scene.objects:
-        i, j = int(o.y / 16), int(o.x / 16)
-        cells[SHAPES.index(o.shape), i, j] = 1
-        cells[len(SHAPES) + list(COLORS).index(o.color), i, j] = 1
+def _targets(scene: Scene | Sign, kinds: int) -> np.ndarray:
+    cells = np.zeros((kinds + len(COLORS) + 1, _GRID, _GRID), dtype=np.float32)
+    for mark in scene.marks:
+        i, j = int(mark.y / 16), int(mark.x / 16)
+        cells[KINDS.index(mark.kind), i, j] = 1
+        cells[kinds + list(COLORS).index(mark.color), i, j] = 1
     cells[-1] = scene.ground / 255
     return cells
 
 
-def train_features(*, seed: int, steps: int = 800, batch_size: int = 64, on_step: Callable[[int, float], None]):
-    """Trains the network on fresh renders; returns it."""
+def train_features(
+    tags: Sequence[str],
+    *,
+    seed: int,
+    steps: int = 800,
+    batch_size: int = 64,
+    on_step: Callable[[int, float], None],
+) -> FeatureNet:
+    """A network trained on fresh renders of the families ``tags``."""
     torch.manual_seed(seed)
-    net = FeatureNet()
+    kinds = len(KINDS) if signs.TASK in tags else len(SHAPES)
+    net = FeatureNet(kinds)
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * (1 - step / steps)
         rng = np.random.default_rng([seed, 21, step])
-        scenes = [make_scene(make_spec(TASKS[i], rng), rng) for i in rng.integers(len(TASKS), size=batch_size)]
-        logits = net.logits(np.stack([render(s) for s in scenes]))
-        targets = torch.from_numpy(np.stack([_targets(s) for s in scenes]))
+        drawn = [tags[i] for i in rng.integers(len(tags), size=batch_size)]
+        worlds = [world_of(tag) for tag in drawn]
+        scenes = [w.make_scene(w.make_spec(tag, rng), rng) for w, tag in zip(worlds, drawn, strict=True)]
+        logits = net.logits(np.stack([w.render(s) for w, s in zip(worlds, scenes, strict=True)]))
+        targets = torch.from_numpy(np.stack([_targets(s, kinds) for s in scenes]))
         loss = F.binary_cross_entropy_with_logits(logits[:, :-1], targets[:, :-1])
         loss = loss + (logits[:, -1].sigmoid() - targets[:, -1]).square().mean()
         optimizer.zero_grad(set_to_none=True)
@@ -93,8 +111,9 @@ def save_features(net: FeatureNet, path: Path) -> None:
 
 
 def load_features(path: Path) -> FeatureNet:
-    net = FeatureNet()
-    net.load_state_dict({k: v.float() for k, v in load_file(path).items()})
+    state = load_file(path)
+    net = FeatureNet(len(state["head.bias"]) - len(COLORS) - 1)
+    net.load_state_dict({k: v.float() for k, v in state.items()})
     return net.eval().requires_grad_(False)
 
 

@@ -1,4 +1,4 @@
-"""Pretrains the mini world's base model: velocity matching on latents of scenes with noisy captions."""
+"""Pretrains a mini base model: velocity matching on latents of scenes with noisy captions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .. import flow
 from ..checkpoint import load_state, save_state
 from . import autoencoder, text
-from .world import TASKS, all_specs, make_scene, make_spec, noisy_spec, prompt_of, render
+from .worlds import modules_of, noisy_spec, picture, prompt_of, world_of
 
 EMPTY = ""  # the caption of classifier-free guidance's unconditional half
 
@@ -45,6 +45,17 @@ class PretrainConfig(BaseModel):
         "position": 0.24,
         "color_attr": 0.22,
     }
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """The families that are seen."""
+        return tuple(tag for tag, weight in self.task_weights.items() if weight > 0)
+
+    def draw_specs(self, n: int, rng: np.random.Generator) -> list[dict]:
+        """Specs of the families in their proportions."""
+        weights = np.array([self.task_weights[tag] for tag in self.tags])
+        drawn = [self.tags[i] for i in rng.choice(len(self.tags), p=weights / weights.sum(), size=n)]
+        return [world_of(tag).make_spec(tag, rng) for tag in drawn]
 
 
 def build_transformer() -> SD3Transformer2DModel:
@@ -84,17 +95,13 @@ class MiniBase(nn.Module):
 
 def scene_pool(config: PretrainConfig, vae: AutoencoderTiny, path: Path, seed: int, on_chunk: Callable[[int], None]):
     """The training scenes: their specs, and their latents [N, 8, 8, 8] (float16, cached at ``path``)."""
-    weights = np.array([config.task_weights[t] for t in TASKS])
-    rng = np.random.default_rng([seed, 11])
-    tags = rng.choice(len(TASKS), p=weights / weights.sum(), size=config.pool_size)
-    specs = [make_spec(TASKS[t], rng) for t in tags]
+    specs = config.draw_specs(config.pool_size, np.random.default_rng([seed, 11]))
     if path.exists():
         return specs, load_file(path)["latents"]
     chunks = []
     for start in range(0, len(specs), 1000):
         images = [
-            render(make_scene(specs[i], np.random.default_rng([seed, 12, i])))
-            for i in range(start, min(start + 1000, len(specs)))
+            picture(specs[i], np.random.default_rng([seed, 12, i])) for i in range(start, min(start + 1000, len(specs)))
         ]
         chunks.append(autoencoder.encode(vae, np.stack(images)).half())
         on_chunk(min(start + 1000, len(specs)))
@@ -117,7 +124,7 @@ def pretrain(
     on_step: Callable[[int, float], None],
 ) -> dict[str, Tensor]:
     """Trains ``model``, resuming from ``checkpoint`` if it exists; returns its state with averaged weights."""
-    prompts = [EMPTY, *(prompt_of(s) for s in all_specs())]
+    prompts = [EMPTY, *(w.prompt_of(s) for w in modules_of(config.tags) for s in w.all_specs())]
     index = {p: i for i, p in enumerate(prompts)}
     ids = text.token_ids(tokenizer, prompts)
     optimizers = _optimizers(model, config)

@@ -19,8 +19,8 @@ from ..config import RunConfig, load_recipe
 from ..evaluation import Evaluation, Sampling
 from ..roles import Role
 from ..trainer import Run
+from .bundle import MODELS
 from .task import DIRECTION
-from .world import TASKS
 
 BASE_STEPS = 20  # Euler steps of the many-step base, at shift 3
 BASE_GUIDANCE = 2.0  # its guidance: the one that the student was distilled with, whatever the teacher of a recipe has
@@ -64,12 +64,13 @@ def reinforce(config: RunConfig, console: Console) -> dict:
 
 
 def before_after(base: Evaluation, before: Evaluation, after: Evaluation, images_per_prompt: int):
-    """The same noise and prompts in three rows, one to three prompts of every family."""
+    """The same noise and prompts in three rows, one to three prompts of every family, or more of the only one."""
     prompts = base.prompts[::images_per_prompt]
     chosen: list[int] = []
-    for tag in TASKS:
+    tags = list(dict.fromkeys(p.metadata["tag"] for p in prompts))
+    for tag in tags:
         of_tag = [i for i, p in enumerate(prompts) if p.metadata["tag"] == tag]
-        chosen += of_tag[: 1 if tag in ("single_object", "colors") else 3]
+        chosen += of_tag[: 12 if len(tags) == 1 else 1 if tag in ("single_object", "colors") else 3]
     rows = np.array(chosen) * images_per_prompt
     labels = ("base, 20 steps, guided", "4 steps before", "4 steps after TDM-R1")
     return pictures.grid(
@@ -89,8 +90,14 @@ def table(record: Mapping) -> Table:
     for name in record["after"]:
         values = [record[k].get(name) for k in ("base", "before", "after")]
         digits = 1 if name == "images_per_second" else 0 if name == "network_evaluations" else 3
-        out.add_row(name, *("" if v is None else f"{v:.{digits}f}" for v in values), DIRECTION.get(name, ""))
+        out.add_row(name, *("" if v is None else f"{v:.{digits}f}" for v in values), better(name))
     return out
+
+
+def better(metric: str) -> str:
+    """up, down or nothing; a metric of another task (``mini/strict``) as in its own."""
+    task, _, name = metric.partition("/")
+    return DIRECTION.get(name if task in MODELS else metric, "")
 
 
 def noise_floor(config: RunConfig, repeats: int = 6) -> dict[str, float]:
@@ -101,7 +108,7 @@ def noise_floor(config: RunConfig, repeats: int = 6) -> dict[str, float]:
         evaluator = run.evaluator()
         evaluator.x_1 = torch.randn(evaluator.x_1.shape, generator=torch.Generator().manual_seed(900 + k))
         rows.append(evaluator(run.few_step()).metrics)
-    return {name: round(float(np.std([r[name] for r in rows], ddof=1)), 4) for name in rows[0] if name in DIRECTION}
+    return {name: round(float(np.std([r[name] for r in rows], ddof=1)), 4) for name in rows[0] if better(name)}
 
 
 def _rounded(metrics: Mapping[str, float]) -> dict[str, float]:
@@ -129,9 +136,10 @@ def markdown(results: Mapping) -> str:
     lines = [
         "# Results on the mini model",
         "",
-        "Written by `tdm-r1 mini study RECIPE` from `mini.json`; not edited by hand. Each cell is the mean over seeds,",
-        "with the standard deviation over seeds where there are several. The noise floor is the standard deviation of",
-        "the 4-step student's figure over fresh evaluation noise.",
+        "Written by `tdm-r1 mini study RECIPE` from the JSON file of the same name; not edited by hand. Each cell is",
+        "the mean over seeds, with the standard deviation over seeds where there are several. The noise floor is the",
+        "standard deviation of the 4-step student's figure over fresh evaluation noise. What `mini/` stands before is",
+        "measured on the shapes' prompts.",
     ]
     for recipe, records in results["recipe"].items():
         seeds = ", ".join(str(r["seed"]) for r in records)
@@ -149,7 +157,7 @@ def markdown(results: Mapping) -> str:
         for name in records[0]["after"]:
             cells = [_cell([r[k].get(name) for r in records]) for k in ("base", "before", "after")]
             floor = results["noise_floor"].get(name, "")
-            lines.append(f"| {name} | {' | '.join(cells)} | {floor} | {DIRECTION.get(name, '')} |")
+            lines.append(f"| {name} | {' | '.join(cells)} | {floor} | {better(name)} |")
     return "\n".join(lines) + "\n"
 
 

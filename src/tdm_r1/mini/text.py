@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
@@ -16,22 +16,19 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from .world import COLORS, COUNTS, RELATIONS, SHAPES
+from .world import WORDS
 
-MAX_TOKENS = 10  # start, eight words, end: the longest prompt is "a red circle and a blue square"
+MAX_TOKENS = 10  # start, eight tokens, end: the longest prompt is 'a sign that says "47"'
 T5_TOKENS = 1  # zero tokens in the absent T5's place: pass `max_sequence_length=1` to the pipeline
 WIDTH = 64  # of each text encoder; the two together make the joint attention's 128
 
 
-def build_tokenizer() -> CLIPTokenizer:
-    """A CLIP BPE tokenizer in which every word of the world is one token; other words fall to letters."""
-    words = {"a", "and", *SHAPES, *COLORS, *COUNTS.values()}
-    words |= {f"{s}{'es' if s.endswith('s') else 's'}" for s in SHAPES}
-    words |= {word for relation in RELATIONS for word in relation.split()}
+def build_tokenizer(words: Iterable[str] = WORDS) -> CLIPTokenizer:
+    """A CLIP BPE tokenizer in which every one of ``words`` is one token; other words fall to letters."""
     letters = sorted(ByteLevel.alphabet())
     tokens = letters + [f"{c}</w>" for c in letters]
     merges: list[tuple[str, str]] = []
-    for word in sorted(words):
+    for word in sorted(set(words)):
         pieces = [*word[:-1], f"{word[-1]}</w>"]
         # merged from the back, so that no two words compete for the same pair of letters
         while len(pieces) > 1:

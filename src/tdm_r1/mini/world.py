@@ -22,6 +22,15 @@ COLORS = {
 }
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # unit vectors, y points down
 COUNTS = {2: "two", 3: "three", 4: "four"}
+WORDS = (
+    "a",
+    "and",
+    *SHAPES,
+    *(f"{s}{'es' if s.endswith('s') else 's'}" for s in SHAPES),
+    *COLORS,
+    *COUNTS.values(),
+    *(word for relation in RELATIONS for word in relation.split()),
+)
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 RADIUS = (7.0, 10.0)  # px, drawn uniformly
 GAP = 4.0  # px, least distance between the circumscribed circles of two objects
@@ -51,9 +60,23 @@ class Object:
 
 
 @dataclass(frozen=True)
+class Mark:
+    """What stands where, for the metrics' network. ``x``, ``y`` in pixels, ``y`` pointing down."""
+
+    kind: str
+    color: str
+    x: float
+    y: float
+
+
+@dataclass(frozen=True)
 class Scene:
     objects: tuple[Object, ...]
     ground: float  # grey level in 0..255
+
+    @property
+    def marks(self) -> list[Mark]:
+        return [Mark(o.shape, o.color, o.x, o.y) for o in self.objects]
 
 
 # ---------------------------------------------------------------------------------------------- prompts
@@ -232,8 +255,3 @@ def render(scene: Scene) -> np.ndarray:
         window = image[y0:y1, x0:x1]
         window += alpha * (np.asarray(COLORS[o.color], dtype=np.float32) - window)
     return (image + 0.5).astype(np.uint8)
-
-
-def render_specs(specs: list[dict], seed: int) -> np.ndarray:
-    """Fresh renders that obey ``specs``, uint8 [B, 64, 64, 3]. Item i depends on ``seed`` and i alone."""
-    return np.stack([render(make_scene(s, np.random.default_rng([seed, i]))) for i, s in enumerate(specs)])

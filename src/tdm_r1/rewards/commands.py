@@ -65,7 +65,8 @@ def score_folder(
     scorer = Scorer(reward, config)
     chunks = []
     try:
-        batches = [slice(start, start + config.chunk) for start in range(0, len(files), config.chunk)]
+        step = config.chunk * max(config.workers, 1)  # a chunk for every worker
+        batches = [slice(start, start + step) for start in range(0, len(files), step)]
         for batch in track(batches, "scoring", console=console, transient=True):
             pictures, texts = [_read(f) for f in files[batch]], wanted[batch]
             chunks += [scorer(np.stack(pictures[s]), texts[s]) for s in same_size(pictures)]

@@ -15,6 +15,7 @@ import ipaddress
 import json
 import math
 import os
+import sys
 import threading
 import urllib.error
 import urllib.request
@@ -114,7 +115,9 @@ class RewardServer(ThreadingHTTPServer):
         self.turn = threading.Lock()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Nothing: a client that has gone is its own affair, and what the reward raises is answered."""
+        """Tells of errors, but for clients that have gone: that is their own affair."""
+        if not isinstance(sys.exception(), ConnectionError | TimeoutError):
+            super().handle_error(request, client_address)
 
     @property
     def url(self) -> str:

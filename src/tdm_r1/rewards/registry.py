@@ -126,6 +126,12 @@ def _jpeg_compressibility() -> Reward:
     return compressibility
 
 
+def _brisque() -> Reward:
+    from .brisque import Brisque
+
+    return Brisque()
+
+
 def _ocr_entry(summary: str, make: Callable[[], Reward]) -> Entry:
     modules = ("rapidocr", "onnxruntime", "rapidfuzz")
     return Entry(summary, make, "ocr", modules, licence="Apache-2.0 (PP-OCR)")
@@ -133,7 +139,7 @@ def _ocr_entry(summary: str, make: Callable[[], Reward]) -> Entry:
 
 def _geneval_entry(summary: str, make: Callable[[], Reward]) -> Entry:
     weights = ("facebook/mask2former-swin-small-coco-instance", "openai/clip-vit-large-patch14")
-    return Entry(summary, make, weights=weights, licence="MIT (CLIP), other (Mask2Former)")
+    return Entry(summary, make, weights=weights, licence="MIT (CLIP); see the detector's card")
 
 
 def _hps_entry(summary: str, make: Callable[[], Reward]) -> Entry:
@@ -152,7 +158,7 @@ BUILT_IN: dict[str, Entry] = {
         "PickScore v1, about 20 to 23.",
         _pickscore,
         weights=("yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),
-        licence="none stated (PickScore_v1)",
+        licence="see the model's card",
     ),
     "imagereward": Entry(
         "ImageReward v1.0, about -2 to 2.",
@@ -179,7 +185,14 @@ BUILT_IN: dict[str, Entry] = {
         "LAION's aesthetic predictor, about 1 to 10, blind to the prompt.",
         _aesthetic,
         weights=("openai/clip-vit-large-patch14", "trl-lib/ddpo-aesthetic-predictor"),
-        licence="MIT (CLIP), Apache-2.0 (head)",
+        licence="MIT (CLIP); see the head's card",
+    ),
+    "brisque": Entry(
+        "Minus BRISQUE, about -100 to 0: how natural a photograph looks, blind to the prompt.",
+        _brisque,
+        "brisque",
+        ("brisque", "cv2"),
+        licence="Apache-2.0 (package); see its model's origin",
     ),
     "jpeg_incompressibility": Entry("Size as JPEG of quality 95, in kB (DDPO).", _jpeg_incompressibility),
     "jpeg_compressibility": Entry("The same, negated (DDPO).", _jpeg_compressibility),

@@ -1,0 +1,15 @@
+"""Backbones: text-to-image flow models behind one protocol, ``velocity(x_t, t, conditioning)``."""
+
+from .pipelines import PipelineBackbone, SD3Backbone, ZImageBackbone, load_backbone
+from .protocol import Backbone, Conditioning, Velocity, guided
+
+__all__ = [
+    "Backbone",
+    "Conditioning",
+    "PipelineBackbone",
+    "SD3Backbone",
+    "Velocity",
+    "ZImageBackbone",
+    "guided",
+    "load_backbone",
+]

@@ -1,0 +1,189 @@
+"""Backbones: a diffusers pipeline seen as text encoder, velocity field and decoder. Pipelines are used, not patched."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import diffusers.utils.logging
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import DiffusionPipeline, StableDiffusion3Pipeline, ZImagePipeline
+from peft import LoraConfig
+from torch import Tensor, nn
+
+from .. import flow
+from .protocol import Conditioning, Velocity
+
+
+class PipelineBackbone(ABC):
+    """What the models have in common: frozen parts, an autoencoder with scale and shift, and diffusers' LoRA format.
+
+    Args:
+        pipeline: its transformer carries the roles.
+        max_sequence_length: tokens that a prompt is cut to.
+        resolution: side of the pictures in px; the model's own if None. Raises ValueError if it does not divide.
+        decode_batch: latents that are decoded at once.
+    """
+
+    def __init__(
+        self, pipeline: Any, *, max_sequence_length: int, resolution: int | None = None, decode_batch: int = 32
+    ) -> None:
+        self.pipeline = pipeline
+        self.transformer: nn.Module = pipeline.transformer
+        self.max_sequence_length = max_sequence_length
+        self.decode_batch = decode_batch
+        side, step = resolution or self.own_resolution(), 2 * pipeline.vae_scale_factor  # patches of two latents
+        if side % step:
+            raise ValueError(f"model.resolution = {side}: give a multiple of {step}")
+        size = side // pipeline.vae_scale_factor
+        self.latent_shape = (pipeline.transformer.config.in_channels, size, size)
+        pipeline.vae.to(memory_format=torch.channels_last)  # convolutions are a quarter faster on CPUs
+        for module in pipeline.components.values():
+            if isinstance(module, nn.Module):
+                module.requires_grad_(False).eval()
+
+    @abstractmethod
+    def own_resolution(self) -> int:
+        """The side of the model's pictures in px where nobody asks for another."""
+
+    @abstractmethod
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Embeds prompts exactly as the pipeline does, without the unconditional half."""
+
+    @abstractmethod
+    def velocity_of(self, transformer: nn.Module) -> Velocity:
+        """The velocity field of ``transformer``, which is this backbone's or a copy of it."""
+
+    @torch.no_grad()  # rewards are black boxes: nothing flows back from a picture
+    def decode(self, latents: Tensor) -> np.ndarray:
+        """Latents [B, C, H, W] to pictures, uint8 [B, H, W, 3]."""
+        vae = self.pipeline.vae
+        chunks = []
+        for part in latents.split(self.decode_batch):
+            z = (part / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)).to(
+                vae.dtype, memory_format=torch.channels_last
+            )
+            image = vae.decode(z, return_dict=False)[0]
+            image = (image.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+            chunks.append((image.cpu().numpy() * 255).round().astype(np.uint8))  # as VaeImageProcessor does
+        return np.concatenate(chunks)
+
+    def save_lora(self, folder: Path, weights: dict[str, Tensor], config: LoraConfig) -> Path:
+        """Writes a LoRA that `load_lora_weights` loads at scale 1.0, with its metadata; returns the file."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.pipeline.save_lora_weights(
+            folder,
+            transformer_lora_layers=weights,
+            transformer_lora_adapter_metadata=config.to_dict(),
+        )
+        return folder / "pytorch_lora_weights.safetensors"
+
+
+class SD3Backbone(PipelineBackbone):
+    """Stable Diffusion 3 / 3.5 and the mini models, through `StableDiffusion3Pipeline`."""
+
+    def own_resolution(self) -> int:
+        return self.pipeline.transformer.config.sample_size * self.pipeline.vae_scale_factor
+
+    @torch.no_grad()  # text encoders are frozen in every role
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        with _quiet() if self.max_sequence_length == 1 else nullcontext():  # one T5 token: T5 is not read at all
+            embeds, _, pooled, _ = self.pipeline.encode_prompt(
+                prompt=list(prompts),
+                prompt_2=None,
+                prompt_3=None,
+                do_classifier_free_guidance=False,
+                max_sequence_length=self.max_sequence_length,
+            )
+        return Conditioning(embeds, pooled)
+
+    def velocity_of(self, transformer: nn.Module) -> Velocity:
+        def velocity(x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+            dtype = conditioning.embeds.dtype
+            v = transformer(
+                hidden_states=x_t.to(dtype),
+                timestep=flow.timestep(t).to(torch.float32),
+                encoder_hidden_states=conditioning.embeds,
+                pooled_projections=conditioning.pooled,
+                return_dict=False,
+            )[0]
+            return flow.widen(v)
+
+        return velocity
+
+
+class ZImageBackbone(PipelineBackbone):
+    """Z-Image (base, Turbo), through `ZImagePipeline`.
+
+    Its transformer takes lists, counts time from noise to picture and gives the velocity with the other sign. Prompts
+    differ in length. Its pipeline's ``guidance_scale`` g is our scale 1 + g.
+    """
+
+    def own_resolution(self) -> int:
+        return 1024
+
+    @torch.no_grad()  # the text encoder is frozen in every role
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        found, _ = self.pipeline.encode_prompt(
+            list(prompts), do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length
+        )
+        longest = max(map(len, found))
+        embeds = torch.stack([F.pad(e, (0, 0, 0, longest - len(e))) for e in found])
+        return Conditioning(embeds, lengths=torch.tensor([len(e) for e in found]))
+
+    def velocity_of(self, transformer: nn.Module) -> Velocity:
+        def velocity(x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+            assert conditioning.lengths is not None  # `encode` made it
+            captions = [e[:n] for e, n in zip(conditioning.embeds, conditioning.lengths.tolist(), strict=True)]
+            latents = x_t.to(conditioning.embeds.dtype).unsqueeze(2)  # one frame
+            t_from_noise = (1000 - flow.timestep(t).to(torch.float32)) / 1000  # as the pipeline rounds it
+            out = transformer(list(latents.unbind(0)), t_from_noise, captions, return_dict=False)[0]
+            return -flow.widen(torch.stack(list(out))).squeeze(2)
+
+        return velocity
+
+
+BACKBONES: dict[type, type[PipelineBackbone]] = {
+    StableDiffusion3Pipeline: SD3Backbone,
+    ZImagePipeline: ZImageBackbone,
+}
+
+
+def load_backbone(
+    path: str, *, max_sequence_length: int, dtype: torch.dtype, device: str, resolution: int | None = None
+) -> PipelineBackbone:
+    """Loads a pipeline from a hub id or a local folder. Raises ValueError on a pipeline of another kind."""
+    with _no_loading_bars():
+        pipeline = DiffusionPipeline.from_pretrained(path, dtype=dtype)
+    if type(pipeline) not in BACKBONES:
+        known = ", ".join(kind.__name__ for kind in BACKBONES)
+        raise ValueError(f"model.path = {path!r} is a {type(pipeline).__name__}: supported are {known}")
+    pipeline.set_progress_bar_config(disable=True)
+    backbone = BACKBONES[type(pipeline)]
+    return backbone(pipeline.to(device), max_sequence_length=max_sequence_length, resolution=resolution)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Diffusers' warnings off for a while; that a prompt was cut to the length that was asked for is no news."""
+    before = diffusers.utils.logging.get_verbosity()
+    diffusers.utils.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        diffusers.utils.logging.set_verbosity(before)
+
+
+@contextmanager
+def _no_loading_bars() -> Iterator[None]:
+    """Diffusers' loading bars off for a while; a small model loads before anybody could read them."""
+    diffusers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        diffusers.utils.logging.enable_progress_bar()

@@ -1,0 +1,131 @@
+"""Backbones against diffusers' own pipelines: the same image from the same noise, prompts and sigmas."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+import tiny_models
+from tdm_r1.backbones import Conditioning, PipelineBackbone, load_backbone
+from tdm_r1.evaluation import Embedder, Sampling, generate
+from tdm_r1.roles import Role, full_roles
+
+PROMPTS = ["a red circle left of a blue square", "two crosses"]
+MODELS: dict[str, Callable[[Path], Path]] = {
+    "sd3": tiny_models.sd3,
+    "sd35": lambda folder: tiny_models.sd3(folder, dual=True),
+    "z_image": tiny_models.z_image,
+}
+
+
+@pytest.fixture(scope="session", params=MODELS)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    return request.param, MODELS[request.param](tmp_path_factory.mktemp("tiny") / request.param)
+
+
+def load(folder: Path, resolution: int = 64) -> PipelineBackbone:
+    return load_backbone(str(folder), max_sequence_length=48, dtype=torch.float32, device="cpu", resolution=resolution)
+
+
+def theirs(name: str, folder: Path, x_1: torch.Tensor, guidance: float) -> np.ndarray:
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    side = 8 * x_1.shape[-1]
+    return pipeline(
+        PROMPTS,
+        height=side,
+        width=side,
+        num_inference_steps=4,
+        sigmas=[1.0, 0.75, 0.5, 0.25],  # the scheduler shifts them
+        guidance_scale=guidance - 1 if name == "z_image" else guidance,  # Z-Image counts from 0
+        max_sequence_length=48,
+        latents=x_1.clone(),
+        output_type="np",
+    ).images
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+@pytest.mark.parametrize("resolution", [64, 96])
+def test_the_same_image_as_the_pipeline(model: tuple[str, Path], guidance: float, resolution: int):
+    name, folder = model
+    backbone = load(folder, resolution)
+    x_1 = torch.randn(2, *backbone.latent_shape, generator=torch.Generator().manual_seed(0))
+    expected = theirs(name, folder, x_1, guidance)
+    embed = Embedder(backbone)
+    sampling = Sampling(Role.TEACHER, steps=4, shift=3.0, guidance=guidance)
+    ours = generate(backbone, full_roles(backbone, ()), sampling, embed(PROMPTS), embed([""]), x_1, batch=2)
+    assert ours.shape == (2, resolution, resolution, 3)
+    assert np.abs(ours / 255.0 - expected).max() <= 0.51 / 255  # half a level: the rounding to 8 bits
+    other = generate(backbone, full_roles(backbone, ()), sampling, embed(PROMPTS[::-1]), embed([""]), x_1, batch=2)
+    assert (other != ours).any()  # the prompt plays a part
+
+
+def test_velocity_does_not_depend_on_the_company(model: tuple[str, Path]):
+    """A prompt among longer ones, padded, gives what it gives alone."""
+    backbone = load(model[1])
+    embed = Embedder(backbone)
+    both, alone = embed(PROMPTS), embed(PROMPTS[1:])
+    g = torch.Generator().manual_seed(1)
+    x, t = torch.randn(2, *backbone.latent_shape, generator=g), torch.tensor([0.3, 0.9])
+    velocity = backbone.velocity_of(backbone.transformer)
+    with torch.no_grad():
+        torch.testing.assert_close(velocity(x, t, both)[1:], velocity(x[1:], t[1:], alone), atol=2e-5, rtol=1e-4)
+
+
+def test_velocity_points_from_data_to_noise(model: tuple[str, Path]):
+    """The sign: diffusers' scheduler steps by (sigma_next - sigma) v, so the pipeline's first step is ours."""
+    name, folder = model
+    backbone = load(folder)
+    embed = Embedder(backbone)
+    x_1 = torch.randn(2, *backbone.latent_shape, generator=torch.Generator().manual_seed(2))
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    guidance = {"guidance_scale": 0.0 if name == "z_image" else 1.0}
+    seen: list[torch.Tensor] = []
+
+    def keep(pipe, step, t, kwargs):
+        seen.append(kwargs["latents"].clone())
+        return {}
+
+    pipeline(
+        PROMPTS,
+        height=64,
+        width=64,
+        num_inference_steps=4,
+        sigmas=[1.0, 0.75, 0.5, 0.25],
+        max_sequence_length=48,
+        latents=x_1.clone(),
+        output_type="latent",
+        callback_on_step_end=keep,
+        **guidance,
+    )
+    with torch.no_grad():
+        v = backbone.velocity_of(backbone.transformer)(x_1, torch.ones(2), embed(PROMPTS))
+    torch.testing.assert_close(x_1 + (0.9 - 1.0) * v, seen[0], atol=1e-5, rtol=1e-4)
+
+
+def test_conditioning_is_joined_and_taken_apart():
+    a = Conditioning(torch.ones(1, 3, 2), lengths=torch.tensor([3]))
+    b = Conditioning(2 * torch.ones(2, 5, 2), lengths=torch.tensor([5, 4]))
+    both = Conditioning.join([a, b])
+    assert both.embeds.shape == (3, 5, 2)
+    assert both.lengths.tolist() == [3, 5, 4]
+    assert both.embeds[0, 3:].abs().sum() == 0
+    part = both.rows(torch.tensor([2, 0]))
+    assert part.lengths.tolist() == [4, 3]
+    assert a.expand(4).lengths.tolist() == [3] * 4
+    assert both.pooled is None
+
+
+def test_bad_models_are_refused(tmp_path: Path):
+    folder = tiny_models.z_image(tmp_path / "z")
+    with pytest.raises(ValueError, match=r"model\.resolution = 72: give a multiple of 16"):
+        load(folder, 72)
+    (folder / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    with pytest.raises(ValueError, match="FluxPipeline"):
+        load(folder)

@@ -1,0 +1,130 @@
+"""Rewards by name, and the commands that list, serve and use them."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from reward_examples import IMAGES, SCORES, TEXTS, brightness, here
+from tdm_r1 import cli
+from tdm_r1.rewards import BUILT_IN, load_reward
+from tdm_r1.rewards.commands import picture_files, prompts_of, state_of
+from tdm_r1.rewards.registry import Entry
+
+
+def test_an_extra_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setitem(BUILT_IN, "far", Entry("x", lambda: brightness, "far", ("no_such_module",)))
+    with pytest.raises(ValueError, match=r"needs no_such_module, which is not installed: pip install 'tdm-r1\[far\]'"):
+        load_reward("far")
+
+
+def test_jpeg_rewards_are_the_file_size():
+    flat, noise = IMAGES[0], np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    up = load_reward("jpeg_incompressibility")(np.stack([flat, noise]), ["", ""], [{}, {}])
+    down = load_reward("jpeg_compressibility")(np.stack([flat, noise]), ["", ""], [{}, {}])
+    assert up[0] < up[1]
+    np.testing.assert_array_equal(up, -np.array(down))
+    assert (up * 1000 == np.round(up * 1000)).all()  # kB
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for i, image in enumerate(IMAGES):
+        size = (8, 8) if i != 3 else (12, 10)
+        Image.fromarray(image).resize(size).save(tmp_path / f"{i:02d}.png")
+    return tmp_path
+
+
+def test_score_a_folder(folder: Path, capsys):
+    prompts = folder / "prompts.txt"
+    prompts.write_text("\n".join(TEXTS))
+    out = folder / "scores.jsonl"
+    args = ["score", str(folder), "--reward", here("brightness"), "--prompts", str(prompts), "--out", str(out)]
+    assert cli.main([*args, "--chunk", "4"]) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [r["file"] for r in rows] == [f"{i:02d}.png" for i in range(6)]
+    assert [r["prompt"] for r in rows] == TEXTS
+    assert [r["score"] for r in rows] == pytest.approx(SCORES)
+    assert "6 pictures" in capsys.readouterr().out
+
+
+def test_prompts_go_with_pictures_by_name(folder: Path, tmp_path: Path):
+    rows = [{"file": f"{i:02d}.png", "prompt": TEXTS[i], "i": 10 * i} for i in reversed(range(6))]
+    (tmp_path / "p.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
+    found = prompts_of(picture_files(folder), tmp_path / "p.jsonl")
+    assert [(p.text, p.metadata["i"]) for p in found] == [(t, 10 * i) for i, t in enumerate(TEXTS)]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["{}/gone"], "no such folder"),
+        (["{}", "--prompts", "{}/two.txt"], "has 2 prompts for 6 pictures: give a line each"),
+        (["{}", "--prompts", "{}/some.jsonl"], "has no row with file = '01.png'"),
+        (["{}", "--reward", "far"], "reward = 'far' is not known"),
+        (["{}", "--reward", "ocr"], "has no text to show"),
+    ],
+)
+def test_score_errors_are_one_line(folder: Path, args: list[str], message: str, capsys):
+    (folder / "two.txt").write_text("a\nb\n")
+    (folder / "some.jsonl").write_text('{"file": "00.png", "prompt": "a"}\n')
+    args = [a.format(folder) for a in args]
+    rest = [] if "--reward" in args else ["--reward", here("brightness")]
+    assert cli.main(["score", *args, *rest]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_rewards_are_listed_with_their_state(capsys, monkeypatch):
+    monkeypatch.setitem(BUILT_IN, "far", Entry("x", lambda: brightness, "far", ("no_such_module",)))
+    assert cli.main(["rewards"]) == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert all(name in text for name in BUILT_IN)
+    assert state_of(BUILT_IN["far"]) == "lacks no_such_module: pip install 'tdm-r1[far]'"
+    assert state_of(BUILT_IN["mini"]) == "ready"
+    assert state_of(Entry("x", lambda: brightness, weights=("nobody/nothing",))).startswith("installed; downloads")
+
+
+LIGHT = """
+import sys, threading, time, urllib.request
+HEAVY = {"torch", "diffusers", "transformers", "peft", "accelerate", "scipy", "matplotlib", "safetensors"}
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in HEAVY:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+from tdm_r1.cli import main
+threading.Thread(target=main, args=(["serve-reward", sys.argv[1], "--port", sys.argv[2]],), daemon=True).start()
+for _ in range(100):
+    try:
+        print(urllib.request.urlopen(f"http://127.0.0.1:{sys.argv[2]}/health").read().decode())
+        break
+    except OSError:
+        time.sleep(0.1)
+"""
+
+
+def test_serving_a_reward_needs_no_torch(tmp_path: Path):
+    """Environments of their own (scorers/) install this project without its dependencies."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    (tmp_path / "mine.py").write_text("def half(images, prompts, metadata):\n    return [0.5] * len(images)\n")
+    args = [sys.executable, "-c", LIGHT, f"{tmp_path}/mine.py:half", port]
+    done = subprocess.run(args, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == {"reward": f"{tmp_path}/mine.py:half"}
+
+
+@pytest.mark.parametrize("name", ["hpsv3", "deqa"])
+def test_scorers_of_their_own_environment_can_be_loaded(name: str):
+    """Their libraries are imported when the first picture comes; loading alone checks the file and the name."""
+    assert callable(load_reward(f"{Path(__file__).parent.parent}/scorers/{name}.py:{name}"))

@@ -1,0 +1,162 @@
+"""Rewards over HTTP: pictures without loss, the contract, tokens, and servers that misbehave."""
+
+from __future__ import annotations
+
+import base64
+import http.server
+import json
+import math
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from reward_examples import GREYS, IMAGES, METADATA, PROMPTS, SCORES, TEXTS, brightness, raises, refuses
+from tdm_r1.errors import UserError
+from tdm_r1.rewards import Scorer, Scores, ScoringConfig
+from tdm_r1.rewards.http import RemoteReward, RewardServer, decode_image, encode_image
+from tdm_r1.rewards.scores import checked
+
+
+@pytest.fixture
+def serve() -> Iterator:
+    servers = []
+
+    def start(reward, **options) -> RewardServer:
+        server = RewardServer("test", reward, **options)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return server
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def post(url: str, body: bytes, headers: dict[str, str] | None = None) -> tuple[int, dict]:
+    request = urllib.request.Request(f"{url}/score", body, headers or {})
+    try:
+        with urllib.request.urlopen(request, timeout=10) as response:
+            return response.status, json.loads(response.read())
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, json.loads(error.read())
+
+
+def test_pictures_pass_without_loss():
+    image = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(decode_image(encode_image(image)), image)
+    raw = {"shape": [5, 7, 3], "data": base64.b64encode(image.tobytes()).decode()}
+    np.testing.assert_array_equal(decode_image(raw), image)
+
+
+def test_a_remote_reward_scores_as_the_reward_itself(serve):
+    def both(images, prompts, metadata):
+        values = [None if m["i"] == 4 else float(v) for m, v in zip(metadata, brightness(images, 0, 0), strict=True)]
+        return Scores(np.array(values, dtype=float), {"red": images[..., 0].mean((1, 2))})
+
+    remote = RemoteReward(serve(both).url, timeout=10, chunk=4)
+    scores = checked(remote(IMAGES, TEXTS, METADATA), len(IMAGES))
+    np.testing.assert_allclose(scores.values, [*SCORES[:4], math.nan, SCORES[5]])
+    np.testing.assert_allclose(scores.parts["red"], GREYS)
+
+
+def test_a_scorer_takes_a_url(serve):
+    scorer = Scorer(f"2*{serve(brightness).url}", ScoringConfig())
+    np.testing.assert_allclose(scorer(IMAGES, PROMPTS).values, 2 * np.array(SCORES))
+
+
+def test_failures_and_refusals_of_the_served_reward_reach_the_client(serve):
+    remote = RemoteReward(serve(raises).url, timeout=10, chunk=6)
+    scores = remote(IMAGES, TEXTS, METADATA)
+    assert np.isnan(scores.values).all()
+    assert "RuntimeError: out of memory" in scores.failures[0]
+    with pytest.raises(UserError, match="refuses: prompt 0 has no target"):
+        RemoteReward(serve(refuses).url, timeout=10, chunk=6)(IMAGES, TEXTS, METADATA)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        (b"not json", 422, "Expecting value"),
+        (b"[]", 422, "cannot be read"),
+        (b"{}", 422, "no 'images'"),
+        (json.dumps({"images": ["AAAA"], "prompts": ["a"]}).encode(), 422, "cannot be read"),
+        (json.dumps({"images": [encode_image(IMAGES[0])], "prompts": []}).encode(), 422, "1 images, 0 prompts"),
+        (json.dumps({"images": [{"shape": [9999999, 9, 3], "data": ""}], "prompts": [""]}).encode(), 422, "at most"),
+        (b"x" * 3000, 413, "over the limit of 2000"),
+    ],
+)
+def test_the_server_refuses_what_it_cannot_read(serve, body: bytes, status: int, message: str):
+    url = serve(brightness, max_request=2000).url
+    code, answer = post(url, body)
+    assert code == status
+    assert message in answer["error"]
+
+
+def test_the_token(serve, monkeypatch):
+    server = serve(brightness, token="secret")
+    body = json.dumps({"images": [encode_image(IMAGES[5])], "prompts": ["a"]}).encode()
+    assert post(server.url, body)[0] == 401
+    assert post(server.url, body, {"Authorization": "Bearer wrong"})[0] == 401
+    assert post(server.url, body, {"Authorization": "Bearer secret"}) == (
+        200,
+        {"scores": [1.0], "parts": {}, "failures": []},
+    )
+    remote = RemoteReward(server.url, timeout=5, chunk=6)
+    with pytest.raises(UserError, match="TDM_R1_TOKEN"):
+        remote(IMAGES, TEXTS, METADATA)
+    monkeypatch.setenv("TDM_R1_TOKEN", "secret")
+    np.testing.assert_allclose(remote(IMAGES, TEXTS, METADATA).values, SCORES)
+    with pytest.raises(UserError, match=r"--host 0\.0\.0\.0 is open to others"):
+        RewardServer("test", brightness, host="0.0.0.0")
+
+
+class Misbehaving(http.server.BaseHTTPRequestHandler):
+    """A server that is slow, drops the connection or answers garbage, by its class attribute."""
+
+    manner = "garbage"
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        if self.manner == "slow":
+            time.sleep(3)
+        body = b'{"scores": [1.0]}' if self.manner == "short" else b"<html>it works</html>"
+        if self.manner != "drop":
+            self.send_response(500 if self.manner == "error" else 200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("manner", "why"),
+    [
+        ("garbage", "JSONDecodeError"),
+        ("short", "scores of shape (1,) for 6 pictures"),
+        ("slow", "timed out"),
+        ("drop", "closed connection"),
+        ("error", "answered 500"),
+        ("gone", "refused"),
+    ],
+)
+def test_a_bad_server_costs_samples_not_the_run(manner: str, why: str):
+    handler = type("Handler", (Misbehaving,), {"manner": manner})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.handle_error = lambda *_: None  # type: ignore[method-assign]  # the client has gone when it answers
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    remote = RemoteReward(f"http://127.0.0.1:{server.server_port}", timeout=1, chunk=6)
+    if manner == "gone":
+        server.shutdown()
+        server.server_close()
+    scores = remote(IMAGES, TEXTS, METADATA)
+    server.shutdown()
+    server.server_close()
+    assert np.isnan(scores.values).all()
+    assert why in scores.failures[0]
