@@ -67,7 +67,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("docs/results/surrogate_signal.json"))
     args = parser.parse_args()
-    plain = load_recipe("mini").override({"surrogate.points": "all", "surrogate.time_range": (0.0, 1.0)})
+    plain = load_recipe("mini").override(
+        {"surrogate.points": "all", "surrogate.time_range": (0.0, 1.0), "surrogate.carried": 0.0}
+    )
     run = Run(plain)
     group, algorithm = plain.batch.group, tdm_r1_of(run)
     sums = {name: Sums() for name in SETTINGS}

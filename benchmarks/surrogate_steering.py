@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("docs/results/surrogate_steering.json"))
     args = parser.parse_args()
-    run = Run(load_recipe("mini"))
+    run = Run(load_recipe("mini").override({"surrogate.carried": 0.0}))  # the student stays as it is
     algorithm = tdm_r1_of(run)
     for b in track(range(args.batches), "the surrogate learns"):
         rollout, advantage = scored_rollout(run, args.seed, b)

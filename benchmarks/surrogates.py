@@ -1,5 +1,7 @@
-"""The paper's literal surrogate and the anchored one, side by side on equal reward evaluations; and, as a control,
-the same run without any reward, which is distillation gone on.
+"""The paper's literal surrogate and the anchored one, side by side on equal reward evaluations.
+
+Beside them the anchored one without what the generator carries and, as a control, the same run without any reward,
+which is distillation gone on.
 
 Run: ``python benchmarks/surrogates.py`` (writes docs/results/surrogates.json, .md and .png).
 """
@@ -21,7 +23,8 @@ from tdm_r1.mini.report import fresh_run, reinforce
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # recipe, and what is changed in it
     "anchored": ("mini", {}),
     "paper": ("mini_paper", {}),
-    "no reward": ("mini", {"balance.scale": 0.0}),
+    "not carried": ("mini", {"surrogate.carried": 0.0}),
+    "no reward": ("mini", {"surrogate.carried": 0.0, "balance.scale": 0.0}),
 }
 DIAGNOSTICS = (
     "surrogate/preference_accuracy",

@@ -9,7 +9,7 @@ from peft import LoraConfig
 
 from tdm_r1.backbones import PipelineBackbone, load_backbone
 from tdm_r1.config import LORA_TARGETS
-from tdm_r1.roles import Role, Roles, full_roles, load_lora, lora_roles
+from tdm_r1.roles import Carried, Role, Roles, full_roles, load_lora, lora_roles
 
 OWN = (Role.GENERATOR, Role.GENERATOR_EMA, Role.FAKE, Role.SURROGATE, Role.REFERENCE)
 
@@ -191,3 +191,77 @@ def test_merged_roles_are_the_same_roles(random_model: Path):
             fake(*args)
         loss.backward()
     assert all(torch.equal(p, base[n]) for n, p in backbone.transformer.named_parameters() if n in base)
+
+
+CARRIED = {Role.GENERATOR: Carried(Role.SURROGATE, 0.7), Role.FAKE: Carried(Role.SURROGATE, 0.7)}
+
+
+@pytest.mark.parametrize("full", [(), (Role.SURROGATE,)], ids=["adapter", "full"])
+@pytest.mark.parametrize("merge", [False, True])
+def test_a_role_acts_with_what_it_carries(full: tuple[Role, ...], merge: bool, random_model: Path):
+    """Against the same weights put together by hand, with and without gradients; nothing flows into what is carried,
+    and the role that is carried, the teacher and roles that carry nothing act as they did."""
+    backbone, args = load(random_model), None
+    roles = lora_roles(backbone, lora(), OWN, full=full, merge=merge, carried=CARRIED)
+    args = inputs(backbone)
+    start = {n: p.detach().clone() for n, p in load(random_model).transformer.named_parameters()}
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for role in (Role.GENERATOR, Role.SURROGATE):
+            for p in roles.parameters(role):
+                p.add_(0.02 * torch.randn_like(p))
+        by_hand = load(random_model).transformer
+        own = roles.state(Role.GENERATOR)
+        phi = roles.state(Role.SURROGATE)
+        for name, p in by_hand.named_parameters():
+            module = name.removesuffix(".weight")
+            if f"{module}.lora_A.weight" in own:
+                p += 2.0 * own[f"{module}.lora_B.weight"] @ own[f"{module}.lora_A.weight"]
+                other = 2.0 * phi[f"{module}.lora_B.weight"] @ phi[f"{module}.lora_A.weight"] if not full else None
+                p += 0.7 * (phi[name] - start[name] if other is None else other)
+        expected = backbone.velocity_of(by_hand)(*args)
+        others = {}
+        for role in (Role.TEACHER, Role.SURROGATE, Role.REFERENCE):
+            with roles.use(role) as velocity:
+                others[role] = velocity(*args)
+        with roles.use(Role.GENERATOR) as velocity:
+            torch.testing.assert_close(velocity(*args), expected, atol=2e-5, rtol=0)
+        for role, before in others.items():
+            with roles.use(role) as velocity:
+                torch.testing.assert_close(velocity(*args), before, rtol=0, atol=0)
+    with roles.use(Role.GENERATOR) as velocity:
+        v = velocity(*args)
+        torch.testing.assert_close(v.detach(), expected, atol=2e-5, rtol=0)
+        v.square().mean().backward()
+    assert all(p.grad is None for p in roles.parameters(Role.SURROGATE))
+    assert any(bool(p.grad.any()) for p in roles.parameters(Role.GENERATOR))
+    with torch.no_grad():  # what is carried moves on, and the role with it
+        for p in roles.parameters(Role.SURROGATE):
+            p.mul_(1.5)
+        with roles.use(Role.GENERATOR) as velocity:
+            assert bool((velocity(*args) - expected).abs().max() > 1e-3)
+
+
+def test_an_exported_adapter_holds_what_the_role_carries(random_model: Path, tmp_path: Path):
+    backbone = load(random_model)
+    roles = lora_roles(backbone, lora(), OWN, carried=CARRIED)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for role in (Role.GENERATOR, Role.SURROGATE):
+            for p in roles.parameters(role):
+                p.add_(0.02 * torch.randn_like(p))
+    args = inputs(backbone)
+    with torch.no_grad(), roles.use(Role.GENERATOR) as velocity:
+        expected = velocity(*args)
+    weights, config = roles.whole_adapter(Role.GENERATOR, lora())
+    assert (config.r, config.lora_alpha) == (8, 16)
+    backbone.save_lora(tmp_path, weights, config)
+    plain = load(random_model)
+    plain.pipeline.load_lora_weights(tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(plain.velocity_of(plain.transformer)(*args), expected, atol=2e-5, rtol=0)
+
+
+def test_carrying_needs_an_adapter(random_model: Path):
+    with pytest.raises(ValueError, match="generator"):
+        lora_roles(load(random_model), lora(), OWN, full=(Role.GENERATOR,), carried=CARRIED)

@@ -41,7 +41,7 @@ def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], *, atol
     "changes",
     [
         {},
-        {"surrogate": {"loss": "preference", "reference": "dynamic", "weights": "lora"}},
+        {"surrogate": {"loss": "preference", "reference": "dynamic", "weights": "lora", "ema_decay": 0.9}},
         {
             "surrogate": {"loss": "preference", "trust_region": "anchor", "reference": "fake"},
             "balance": {"policy": "ratio"},
@@ -50,7 +50,7 @@ def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], *, atol
         {"sampler": {"solver": "stochastic"}, "tdm": {"noise_range": "interval"}},
         {"algorithm": "tdm", "batch": {"group": 1}},
         {"surrogate": {"weights": "lora"}},
-        {"model": {"roles": "full"}},
+        {"model": {"roles": "full"}, "surrogate": {"carried": 0.0}},
     ],
     ids=["anchored", "paper", "fake-ratio", "clip-dpm", "stochastic", "tdm", "lora", "full"],
 )
@@ -187,7 +187,7 @@ def test_run_folder_and_plain_diffusers_load_the_lora(tiny_config: Make):
 
 
 def test_full_weights_leave_a_transformer_that_plain_diffusers_loads(tiny_config: Make):
-    run = Run(tiny_config(model={"roles": "full"}, iterations=1))
+    run = Run(tiny_config(model={"roles": "full"}, surrogate={"carried": 0.0}, iterations=1))
     run.fit()
     loaded = SD3Transformer2DModel.from_pretrained(run.folder / "transformer")
     expected = run.roles.state(Role.GENERATOR_EMA)

@@ -148,6 +148,10 @@ class RunConfig(BaseModel):
             raise ValueError(
                 f"batch.trained = {self.batch.trained} is more than batch.group = {self.batch.group}: lower it"
             )
+        if self.surrogate.carried and self.model.roles == "full":
+            raise ValueError(
+                f"surrogate.carried = {self.surrogate.carried}: adapters carry; set it to 0 with model.roles = full"
+            )
         given, name = self.task.prompts is not None, self.task.name
         if (name == "prompts" and not given) or (name in ("mini", "mini_signs") and given):
             raise ValueError(
@@ -225,7 +229,7 @@ def describe(error: ValidationError) -> str:
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         return f"unknown setting {where} = {first['input']!r}: see `tdm-r1 train RECIPE --help` for the known ones"
-    if first["type"] == "value_error" and not where:
+    if first["type"] == "value_error" and (not where or isinstance(first["input"], dict)):  # it names its fields
         return first["msg"].removeprefix("Value error, ")
     return f"{where} = {first['input']!r}: {first['msg'].removeprefix('Value error, ')}"
 

@@ -12,7 +12,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,14 @@ class Seat:
     adapter: str | None
 
 
+@dataclass(frozen=True)
+class Carried:
+    """What a role acts with on top of its own adapter: ``weight`` times another role's change of the weights."""
+
+    role: Role
+    weight: float
+
+
 class Roles:
     """The cast. Build it with `lora_roles` or `full_roles`.
 
@@ -58,20 +66,30 @@ class Roles:
         velocity_of: the backbone's velocity field of a transformer.
         merge: without gradients, run an adapter as a merged copy of the weights that it adapts. Faster where the
             model is small; costs that copy for each role.
+        carried: what roles act with on top of their own adapters, in the layers that these adapt. It is a constant to
+            them: no gradient reaches the carried role. Costs a copy of those layers.
     """
 
     def __init__(
-        self, seats: Mapping[Role, Seat], velocity_of: Callable[[nn.Module], Velocity], *, merge: bool = False
+        self,
+        seats: Mapping[Role, Seat],
+        velocity_of: Callable[[nn.Module], Velocity],
+        *,
+        merge: bool = False,
+        carried: Mapping[Role, Carried] | None = None,
     ) -> None:
         self._seats = dict(seats)
         self._velocity_of = velocity_of
         self.merge = merge
-        self._layers = {
-            id(seat.transformer): [m for m in seat.transformer.modules() if isinstance(m, BaseTunerLayer)]
+        self.carried = dict(carried or {})
+        adapted = {
+            id(seat.transformer): {n: m for n, m in seat.transformer.named_modules() if isinstance(m, BaseTunerLayer)}
             for seat in seats.values()
         }
+        self._names = {key: list(layers) for key, layers in adapted.items()}
+        self._layers = {key: list(layers.values()) for key, layers in adapted.items()}
         self._base = {key: [layer.base_layer.weight.data for layer in layers] for key, layers in self._layers.items()}
-        self._merged: dict[Seat, tuple[list[int], list[Tensor]]] = {}
+        self._made: dict[tuple[Role, bool], tuple[list[int], list[Tensor]]] = {}  # `_made_once`
         self._adapter: dict[int, str | None] = {}  # the active adapter of each transformer that has adapters
         self._weights = {role: dict(self._named(seat)) for role, seat in self._seats.items()}
         for role, weights in self._weights.items():
@@ -80,6 +98,8 @@ class Roles:
                     p.requires_grad_(role in TRAINED)
         for seat in self._seats.values():
             self._activate(seat.transformer, seat.adapter)
+        if wrong := [role for role in self.carried if self._seats[role].adapter is None]:
+            raise ValueError(f"role {wrong[0]} cannot carry another: it is no adapter")
 
     def __contains__(self, role: Role) -> bool:
         return role in self._seats
@@ -103,15 +123,15 @@ class Roles:
     def use(self, role: Role) -> Iterator[Velocity]:
         """Puts ``role`` on stage and yields its velocity field; restores what was there before.
 
-        Finish the backward inside the context when gradient checkpointing is on: recomputation runs through
-        whichever adapter is active at that moment.
+        Finish the backward inside the context where the role carries another, and when gradient checkpointing is on:
+        afterwards the layers have other weights, and recomputation runs through whichever adapter is active then.
         """
         seat = self._seats[role]
         key = id(seat.transformer)
         before, weights = self._adapter[key], [layer.base_layer.weight.data for layer in self._layers[key]]
         merge = self.merge and seat.adapter is not None and not torch.is_grad_enabled()
         self._activate(seat.transformer, None if merge else seat.adapter)
-        self._set_base(key, self._merged_weights(role) if merge else self._base[key])
+        self._set_base(key, self._merged_weights(role) if merge else self._carrying_weights(role))
         try:
             yield self._velocity_of(seat.transformer)
         finally:
@@ -123,14 +143,37 @@ class Roles:
             layer.base_layer.weight.data = weight
 
     def _merged_weights(self, role: Role) -> list[Tensor]:
-        """The adapted weights of every layer, made again when the adapter has changed."""
+        """The weights of the adapted layers with the role's adapter in them."""
+        carrying = self._carrying_weights(role)
+        return self._made_once(role, True, lambda: [w + d for w, d in zip(carrying, self._deltas(role), strict=True)])
+
+    def _carrying_weights(self, role: Role) -> list[Tensor]:
+        """The weights of the adapted layers that the role's adapter sits on: the backbone's and what it carries."""
+        base = self._base[id(self._seats[role].transformer)]
+        if role not in self.carried:
+            return base
+        other = self.carried[role]
+        return self._made_once(
+            role, False, lambda: [w + other.weight * d for w, d in zip(base, self._deltas(other.role), strict=True)]
+        )
+
+    def _deltas(self, role: Role) -> list[Tensor]:
+        """How ``role`` changes the weights of the layers that are adapted, from where it started."""
         seat = self._seats[role]
-        key, versions = id(seat.transformer), [p._version for p in self._weights[role].values()]
-        if seat not in self._merged or self._merged[seat][0] != versions:
-            layers = zip(self._layers[key], self._base[key], strict=True)
-            merged = [weight + layer.get_delta_weight(seat.adapter) for layer, weight in layers]
-            self._merged[seat] = (versions, merged)
-        return self._merged[seat][1]
+        if seat.adapter is not None:
+            return [layer.get_delta_weight(seat.adapter) for layer in self._layers[id(seat.transformer)]]
+        key, own = id(self._seats[Role.TEACHER].transformer), self._weights[role]
+        starts = zip(self._names[key], self._base[key], strict=True)
+        return [own[f"{name}.weight"] - start for name, start in starts]
+
+    def _made_once(self, role: Role, merged: bool, make: Callable[[], list[Tensor]]) -> list[Tensor]:
+        """Weights that are made again when those have changed that they are made of."""
+        sources = [role] + ([self.carried[role].role] if role in self.carried else [])
+        versions = [p._version for source in sources for p in self._weights[source].values()]
+        if (role, merged) not in self._made or self._made[role, merged][0] != versions:
+            with torch.no_grad():  # a copy for inference, or what is carried: a constant
+                self._made[role, merged] = (versions, make())
+        return self._made[role, merged][1]
 
     def _activate(self, transformer: nn.Module, adapter: str | None) -> None:
         key = id(transformer)
@@ -195,6 +238,33 @@ class Roles:
         """A copy of the role's own weights."""
         return {name: p.detach().clone() for name, p in self.weights(role).items()}
 
+    @torch.no_grad()  # a copy
+    def whole_adapter(self, role: Role, config: LoraConfig) -> tuple[dict[str, Tensor], LoraConfig]:
+        """The role's adapter with what it carries in it, as one LoRA of twice the rank, and that LoRA's settings.
+
+        Exact where the carried role is an adapter too, or where the layers have no more than that rank; else the
+        nearest in least squares.
+        """
+        if role not in self.carried:
+            return self.state(role), config
+        deltas = zip(self._deltas(role), self._deltas(self.carried[role].role), strict=True)
+        wide = replace(config, r=2 * config.r, lora_alpha=2 * config.lora_alpha)
+        weights = {}
+        for name, (own, other) in zip(self._names[id(self._seats[role].transformer)], deltas, strict=True):
+            down, up = _factors((own + self.carried[role].weight * other).float(), wide.r)
+            weights[f"{name}.lora_A.weight"] = down
+            weights[f"{name}.lora_B.weight"] = up / (wide.lora_alpha / wide.r)
+        return weights, wide
+
+
+def _factors(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """A [rank, in] and B [out, rank] with B A the nearest to ``delta`` [out, in]; rows of nothing where it has less."""
+    u, s, v = torch.linalg.svd(delta, full_matrices=False)
+    u, s, v = u[:, :rank], s[:rank].sqrt(), v[:rank]
+    down, up = delta.new_zeros(rank, delta.shape[1]), delta.new_zeros(delta.shape[0], rank)
+    down[: len(s)], up[:, : len(s)] = s[:, None] * v, u * s
+    return down, up
+
 
 def lora_roles(
     student: Backbone,
@@ -204,6 +274,7 @@ def lora_roles(
     teacher: Backbone | None = None,
     full: tuple[Role, ...] = (),
     merge: bool = False,
+    carried: Mapping[Role, Carried] | None = None,
 ) -> Roles:
     """Every role but the teacher as a LoRA adapter, all starting at their backbone's own function.
 
@@ -213,7 +284,7 @@ def lora_roles(
         roles: which roles to cast beside the teacher.
         teacher: a second backbone, for a student whose base weights differ; it carries surrogate and reference too.
         full: those of ``roles`` that are transformers of their own instead, copied from their backbone.
-        merge: see `Roles`.
+        merge, carried: see `Roles`.
     """
     hosts = _hosts(student, teacher, roles)
     seats = {role: _own_transformer(hosts[role]) for role in full}
@@ -235,7 +306,7 @@ def lora_roles(
         first.setdefault(id(host.transformer), str(role))
         seats[role] = seat
     seats[Role.TEACHER] = Seat((teacher or student).transformer, None)
-    return Roles(seats, student.velocity_of, merge=merge)
+    return Roles(seats, student.velocity_of, merge=merge, carried=carried)
 
 
 def _hosts(student: Backbone, teacher: Backbone | None, roles: tuple[Role, ...]) -> dict[Role, Backbone]:
@@ -258,8 +329,8 @@ def full_roles(student: Backbone, roles: tuple[Role, ...], *, teacher: Backbone 
 def load_lora(roles: Roles, targets: tuple[Role, ...], folder: Path, config: LoraConfig) -> None:
     """Starts ``targets`` from a LoRA that diffusers wrote (`Backbone.save_lora`).
 
-    A LoRA of lower rank, or of another alpha, fits too: its weights are rescaled, the remaining ranks start from
-    nothing. Raises ValueError if its rank is higher than that of ``config``, or if its modules differ.
+    A LoRA of lower rank, of another alpha or of fewer modules fits too: its weights are rescaled, what it lacks starts
+    from nothing. Raises ValueError if its rank is higher than that of ``config``, or if it has modules unknown here.
     """
     saved = lora_settings(folder)
     if saved.r > config.r:
@@ -272,7 +343,7 @@ def load_lora(roles: Roles, targets: tuple[Role, ...], folder: Path, config: Lor
         weights = {name.removeprefix("transformer."): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     for role in targets:
         start = roles.state(role)
-        roles.load(role, {name: _widened(name, w, scale, start.get(name)) for name, w in weights.items()})
+        roles.load(role, start | {name: _widened(name, w, scale, start.get(name)) for name, w in weights.items()})
 
 
 def _widened(name: str, weight: Tensor, scale: float, start: Tensor | None) -> Tensor:

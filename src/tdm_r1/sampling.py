@@ -91,7 +91,13 @@ def eval_command(command: Eval) -> None:
     """`tdm-r1 eval`: a column for the many-step base at each guidance, then one for each LoRA."""
     console = Console()
     config = load_recipe(command.recipe)
-    settings = {"evaluation.prompts": command.prompts, "evaluation.images_per_prompt": command.images_per_prompt}
+    folders = {lora: bundle.student_path(lora) for lora in command.lora}
+    rank = max([config.model.lora.rank, *(lora_settings(folder).r for folder in folders.values())])
+    settings = {
+        "evaluation.prompts": command.prompts,
+        "evaluation.images_per_prompt": command.images_per_prompt,
+        "model.lora.rank": rank,  # a run's LoRA is wider than its adapters where it holds what they carried
+    }
     run = Run(config.override(settings))
     evaluator = run.evaluator()
     columns: dict[str, dict[str, float]] = {}
@@ -99,8 +105,7 @@ def eval_command(command: Eval) -> None:
         for scale in command.guidance:
             sampling = Sampling(Role.TEACHER, command.base_steps, config.sampler.shift, guidance=scale)
             columns[f"base, guidance {scale:g}"] = evaluator(sampling).metrics
-    for lora in command.lora:
-        folder = bundle.student_path(lora)
+    for lora, folder in folders.items():
         load_lora(run.roles, (Role.GENERATOR_EMA,), folder, run.lora)
         columns[lora] = evaluator(run.few_step()).metrics
     run.scorer.close()

@@ -33,7 +33,7 @@ from .mini import bundle
 from .randomness import numpy_rng, torch_rng
 from .rewards import Reward, Scorer, Scores, Watch
 from .rewards.scores import joined
-from .roles import PHI, Role, Roles, full_roles, load_lora, lora_roles
+from .roles import PHI, Carried, Role, Roles, full_roles, load_lora, lora_roles
 from .tasks import Prompt, PromptFileTask, Task
 
 KEPT_CHECKPOINTS = 2
@@ -123,7 +123,17 @@ class Run:
         if self.config.model.roles == "full":
             return full_roles(self.backbone, own, teacher=teacher)
         full = PHI if self.config.algorithm == "tdm_r1" and self.config.surrogate.weights == "full" else ()
-        return lora_roles(self.backbone, self.lora, own, teacher=teacher, full=full, merge=self.config.model.merge)
+        weight = self.config.surrogate.carried if self.config.algorithm == "tdm_r1" else 0.0
+        phi = Carried(Role.SURROGATE_EMA, weight)
+        return lora_roles(
+            self.backbone,
+            self.lora,
+            own,
+            teacher=teacher,
+            full=full,
+            merge=self.config.model.merge,
+            carried=dict.fromkeys((Role.GENERATOR, Role.GENERATOR_EMA, Role.FAKE), phi) if weight else None,
+        )
 
     def _algorithm(self) -> TDM | TDMR1:
         c, empty = self.config, self.embed([""])
@@ -356,7 +366,7 @@ class Run:
             self.roles.transformer(Role.GENERATOR_EMA).save_pretrained(folder / "transformer")
             return
         for role, name in ((Role.GENERATOR_EMA, "lora"), (Role.FAKE, "lora_fake")):
-            self.backbone.save_lora(folder / name, self.roles.state(role), self.lora)
+            self.backbone.save_lora(folder / name, *self.roles.whole_adapter(role, self.lora))
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 `TDMR1.step` is Algorithm 1, read top-down. Departures from the print, with their derivations in `docs/method.md`:
 the minus of Eq. 16 is restored in Eq. 9; the KL part of Eq. 11 has its own sign; the reward's gradient is the
 difference of the surrogate's and the reference's scores. Beside the paper's surrogate loss stands the anchored one
-(ours), by name.
+(ours), by name; and the generator may carry the surrogate's change of weights on top of its own (ours; `roles.Carried`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from .. import flow, losses
@@ -62,6 +62,12 @@ class SurrogateConfig(BaseModel):
     shared_noise: bool = Field(True, description="One t, k and noise per group. From a neighbour (DGPO).")
     reference_decay: float = Field(0.995, ge=0, lt=1, description="EMA decay of the dynamic reference. Ours.")
     ema_decay: float = Field(0.99, ge=0, lt=1, description="EMA of phi whose direction is used. Ours, docs/log.md.")
+    carried: float = Field(
+        0.0,
+        ge=0,
+        description="Weight at which generator and fake score act with the averaged phi's change of weights on top of "
+        "their own; 0 is the paper. Ours, docs/method.md.",
+    )
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-4, betas=(0.9, 0.99))
 
     @field_validator("time_range")
@@ -71,6 +77,15 @@ class SurrogateConfig(BaseModel):
         if not 0 <= low < high <= 1:
             raise ValueError("give two noise levels, 0 <= low < high <= 1")
         return value
+
+    @model_validator(mode="after")
+    def _averages_differ(self) -> SurrogateConfig:
+        if self.reference == "dynamic" and self.ema_decay >= self.reference_decay:
+            raise ValueError(
+                f"surrogate.ema_decay = {self.ema_decay} with reference_decay = {self.reference_decay}: the reward is "
+                "the averaged phi against its dynamic reference, a slower average; lower ema_decay"
+            )
+        return self
 
 
 class BalanceConfig(BaseModel):
