@@ -19,6 +19,7 @@ PROMPTS = ["a red circle left of a blue square", "two crosses"]
 MODELS: dict[str, Callable[[Path], Path]] = {
     "sd3": tiny_models.sd3,
     "sd35": lambda folder: tiny_models.sd3(folder, dual=True),
+    "z_image": tiny_models.z_image,
 }
 
 
@@ -122,7 +123,7 @@ def test_conditioning_is_joined_and_taken_apart():
 
 
 def test_bad_models_are_refused(tmp_path: Path):
-    folder = tiny_models.sd3(tmp_path / "z")
+    folder = tiny_models.z_image(tmp_path / "z")
     with pytest.raises(ValueError, match=r"model\.resolution = 72: give a multiple of 16"):
         load(folder, 72)
     (folder / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')

@@ -35,7 +35,7 @@ def z_image(folder: Path) -> dict:
 
 
 Make = Callable[[Path], dict]
-MODELS: list[Make] = [sd3, sd35_with_another_teacher]
+MODELS: list[Make] = [sd3, sd35_with_another_teacher, z_image]
 
 
 def left_brightness(images, prompts, metadata):

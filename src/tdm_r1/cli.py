@@ -1,4 +1,4 @@
-"""The command line: ``tdm-r1 train | distill | sample | eval | rewards | score | serve-reward | mini``.
+"""The command line: ``tdm-r1 COMMAND``; `_usage` lists the commands.
 
 Heavy imports stand inside the commands, so that help and errors come at once.
 """
@@ -93,6 +93,19 @@ class ServeReward:
 
 
 @dataclass
+class ImportRelease:
+    """Turns the authors' released Z-Image checkpoint, a pickled list of tensors, into a LoRA for diffusers.
+
+    Only tensors are unpickled; a file with anything else, or whose shapes do not fit, is refused.
+    """
+
+    checkpoint: Positional[Path]
+    """tdmr1_zimage_ema.ckpt."""
+    out: Path = Path("tdmr1_zimage_lora")
+    """The LoRA's folder."""
+
+
+@dataclass
 class Demo:
     """Reinforces the bundled 4-step mini model on this machine and shows base, before and after."""
 
@@ -173,6 +186,7 @@ def _dispatch(args: list[str]) -> int:
         "rewards": _rewards,
         "score": _score,
         "serve-reward": _serve_reward,
+        "import-release": _import_release,
         "mini demo": _demo,
         "mini study": _study,
         "mini pretrain": _pretrain,
@@ -198,6 +212,7 @@ def _usage() -> str:
   rewards          the rewards that are known by name, and which of them work here
   score            scores of a folder of pictures
   serve-reward     a reward behind HTTP, in an environment of its own
+  import-release   the authors' Z-Image checkpoint as a LoRA for diffusers
   mini demo        the main job on the bundled mini model, with a before/after table and picture
   mini study       the same over seeds, filed in docs/results
   mini pretrain    make a mini base model from a seed
@@ -275,6 +290,14 @@ def _serve_reward(args: list[str]) -> int:
     from .rewards.commands import serve
 
     serve(command.reward, command.host, command.port, Console())
+    return 0
+
+
+def _import_release(args: list[str]) -> int:
+    command = tyro.cli(ImportRelease, args=args, prog="tdm-r1 import-release")
+    from .release import convert_release
+
+    print(f"Wrote {convert_release(command.checkpoint, command.out)}")
     return 0
 
 

@@ -3,7 +3,8 @@
 `TDMR1.step` is Algorithm 1, read top-down. Departures from the print, with their derivations in `docs/method.md`:
 the minus of Eq. 16 is restored in Eq. 9; the KL part of Eq. 11 has its own sign; the reward's gradient is the
 difference of the surrogate's and the reference's scores. Beside the paper's surrogate loss stands the anchored one
-(ours), by name; and the generator may carry the surrogate's change of weights on top of its own (ours; `roles.Carried`).
+(ours), by name; and the generator may carry the surrogate's change of weights on top of its own (ours;
+`roles.Carried`).
 """
 
 from __future__ import annotations

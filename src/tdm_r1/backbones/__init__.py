@@ -1,6 +1,6 @@
 """Backbones: text-to-image flow models behind one protocol, ``velocity(x_t, t, conditioning)``."""
 
-from .pipelines import PipelineBackbone, SD3Backbone, load_backbone
+from .pipelines import PipelineBackbone, SD3Backbone, ZImageBackbone, load_backbone
 from .protocol import Backbone, Conditioning, Velocity, guided
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "PipelineBackbone",
     "SD3Backbone",
     "Velocity",
+    "ZImageBackbone",
     "guided",
     "load_backbone",
 ]

@@ -11,7 +11,8 @@ from typing import Any
 import diffusers.utils.logging
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
+import torch.nn.functional as F
+from diffusers import DiffusionPipeline, StableDiffusion3Pipeline, ZImagePipeline
 from peft import LoraConfig
 from torch import Tensor, nn
 
@@ -116,8 +117,40 @@ class SD3Backbone(PipelineBackbone):
         return velocity
 
 
+class ZImageBackbone(PipelineBackbone):
+    """Z-Image (base, Turbo), through `ZImagePipeline`.
+
+    Its transformer takes lists, counts time from noise to picture and gives the velocity with the other sign. Prompts
+    differ in length. Its pipeline's ``guidance_scale`` g is our scale 1 + g.
+    """
+
+    def own_resolution(self) -> int:
+        return 1024
+
+    @torch.no_grad()  # the text encoder is frozen in every role
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        found, _ = self.pipeline.encode_prompt(
+            list(prompts), do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length
+        )
+        longest = max(map(len, found))
+        embeds = torch.stack([F.pad(e, (0, 0, 0, longest - len(e))) for e in found])
+        return Conditioning(embeds, lengths=torch.tensor([len(e) for e in found]))
+
+    def velocity_of(self, transformer: nn.Module) -> Velocity:
+        def velocity(x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+            assert conditioning.lengths is not None  # `encode` made it
+            captions = [e[:n] for e, n in zip(conditioning.embeds, conditioning.lengths.tolist(), strict=True)]
+            latents = x_t.to(conditioning.embeds.dtype).unsqueeze(2)  # one frame
+            t_from_noise = (1000 - flow.timestep(t).to(torch.float32)) / 1000  # as the pipeline rounds it
+            out = transformer(list(latents.unbind(0)), t_from_noise, captions, return_dict=False)[0]
+            return -flow.widen(torch.stack(list(out))).squeeze(2)
+
+        return velocity
+
+
 BACKBONES: dict[type, type[PipelineBackbone]] = {
     StableDiffusion3Pipeline: SD3Backbone,
+    ZImagePipeline: ZImageBackbone,
 }
 
 
