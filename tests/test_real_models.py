@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
 
 import tiny_models
 from tdm_r1.algorithms.tdm import few_step_sample
@@ -114,3 +115,26 @@ def test_plain_diffusers_samples_the_trained_lora(make: Make, tmp_path: Path):
         latents = few_step_sample(run.roles, Role.GENERATOR_EMA, c, x_1, run.config.sampler, None).final
     assert np.abs(tuned - base).max() > 0.02  # the LoRA does something
     assert np.abs(run.backbone.decode(latents) / 255.0 - tuned).max() <= 0.51 / 255
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_the_trained_lora_needs_no_metadata(make: Make, tmp_path: Path):
+    """What ComfyUI does with a file in diffusers' names: B A is added to the layer that the name names, at scale 1."""
+    run = tiny_run(make, tmp_path)
+    with torch.no_grad():
+        for p in run.roles.parameters(Role.GENERATOR_EMA):
+            p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    run.export(tmp_path)
+    file = load_file(tmp_path / "lora" / "pytorch_lora_weights.safetensors")
+    assert not any(name.endswith("alpha") for name in file)
+    pipeline = DiffusionPipeline.from_pretrained(run.config.model.path)
+    layers = dict(pipeline.transformer.named_parameters())
+    with torch.no_grad():
+        for name in (n for n in file if n.endswith("lora_B.weight")):
+            assert name.startswith("transformer.")
+            layer = name.removeprefix("transformer.").replace("lora_B.weight", "weight")
+            layers[layer] += file[name] @ file[name.replace("lora_B", "lora_A")]
+        c, x = run.embed(PROMPTS), torch.randn(2, *run.backbone.latent_shape)
+        plain = run.backbone.velocity_of(pipeline.transformer)(x, torch.full((2,), 0.6), c)
+        with run.roles.use(Role.GENERATOR_EMA) as velocity:
+            torch.testing.assert_close(velocity(x, torch.full((2,), 0.6), c), plain, atol=1e-4, rtol=1e-4)

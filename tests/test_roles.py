@@ -242,9 +242,11 @@ def test_a_role_acts_with_what_it_carries(full: tuple[Role, ...], merge: bool, r
             assert bool((velocity(*args) - expected).abs().max() > 1e-3)
 
 
-def test_an_exported_adapter_holds_what_the_role_carries(random_model: Path, tmp_path: Path):
+@pytest.mark.parametrize(("full", "rank"), [((), 4), ((Role.SURROGATE,), 64)], ids=["adapter", "full"])
+def test_an_exported_adapter_holds_what_the_role_carries(full, rank: int, random_model: Path, tmp_path: Path):
+    """The change of full weights needs the layers' own rank, 128."""
     backbone = load(random_model)
-    roles = lora_roles(backbone, lora(), OWN, carried=CARRIED)
+    roles = lora_roles(backbone, lora(rank), OWN, full=full, carried=CARRIED)
     torch.manual_seed(1)
     with torch.no_grad():
         for role in (Role.GENERATOR, Role.SURROGATE):
@@ -253,8 +255,8 @@ def test_an_exported_adapter_holds_what_the_role_carries(random_model: Path, tmp
     args = inputs(backbone)
     with torch.no_grad(), roles.use(Role.GENERATOR) as velocity:
         expected = velocity(*args)
-    weights, config = roles.whole_adapter(Role.GENERATOR, lora())
-    assert (config.r, config.lora_alpha) == (8, 16)
+    weights, config = roles.exported(Role.GENERATOR, lora(rank))
+    assert (config.r, config.lora_alpha) == (2 * rank, 2 * rank)
     backbone.save_lora(tmp_path, weights, config)
     plain = load(random_model)
     plain.pipeline.load_lora_weights(tmp_path)

@@ -13,13 +13,14 @@ import pytest
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
+from tdm_r1 import cli
 from tdm_r1.algorithms.tdm import few_step_sample
 from tdm_r1.config import RunConfig
 from tdm_r1.errors import UserError
 from tdm_r1.mini.build import MiniConfig, build
 from tdm_r1.mini.bundle import bundle_path
 from tdm_r1.mini.pretrain import PretrainConfig
-from tdm_r1.roles import Role
+from tdm_r1.roles import Role, lora_settings
 from tdm_r1.sampling import FewStepModel
 from tdm_r1.trainer import Run
 
@@ -184,6 +185,20 @@ def test_run_folder_and_plain_diffusers_load_the_lora(tiny_config: Make):
     model = FewStepModel(lora=run.folder / "lora")
     pictures = model(prompts, seed=0)
     assert np.abs(pictures.astype(int) - ours).max() <= 2
+
+
+def test_eval_finds_what_the_run_found(tiny_config: Make, capsys, monkeypatch):
+    """Of a LoRA that is wider than the recipe's adapters, since it holds what the generator carried."""
+    run = Run(tiny_config(iterations=1, reward="jpeg_compressibility"))
+    last = run.fit()
+    assert lora_settings(run.folder / "lora").r == 2 * run.config.model.lora.rank
+    monkeypatch.setenv("COLUMNS", "200")
+    arguments = ["--lora", str(run.folder / "lora"), "--prompts", "6", "--images-per-prompt", "2", "--base-steps", "0"]
+    assert cli.main(["eval", str(run.folder), *arguments]) == 0
+    rows = [line.replace("│", " ").split() for line in capsys.readouterr().out.splitlines()]
+    shown = {row[0]: row[1] for row in rows if len(row) == 2}
+    for name in ("reward", "cleanliness", "frechet", "diversity"):
+        assert float(shown[name]) == pytest.approx(last.metrics[name], abs=2e-3, rel=1e-2), name
 
 
 def test_full_weights_leave_a_transformer_that_plain_diffusers_loads(tiny_config: Make):

@@ -8,6 +8,7 @@ unpickled, and names are given only if every shape fits.
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -41,7 +42,9 @@ def convert_release(checkpoint: Path, out: Path, *, architecture: Path | None = 
     for i, (tensor, (name, shape)) in enumerate(zip(tensors, shapes.items(), strict=True)):
         if tensor.shape != shape:
             raise ValueError(f"{checkpoint}: tensor {i} is {tuple(tensor.shape)}, {name} is {tuple(shape)}")
-        weights[name] = tensor.detach().float().contiguous()
+        scale = ALPHA / RANK if "lora_B" in name else 1.0  # in the weights, so that no program has to know of it
+        weights[name] = (tensor.detach().float() * scale).contiguous()
+    config = replace(config, lora_alpha=RANK)
     out.mkdir(parents=True, exist_ok=True)
     ZImagePipeline.save_lora_weights(
         out, transformer_lora_layers=weights, transformer_lora_adapter_metadata=config.to_dict()

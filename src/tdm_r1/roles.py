@@ -239,21 +239,30 @@ class Roles:
         return {name: p.detach().clone() for name, p in self.weights(role).items()}
 
     @torch.no_grad()  # a copy
-    def whole_adapter(self, role: Role, config: LoraConfig) -> tuple[dict[str, Tensor], LoraConfig]:
-        """The role's adapter with what it carries in it, as one LoRA of twice the rank, and that LoRA's settings.
+    def exported(self, role: Role, config: LoraConfig) -> tuple[dict[str, Tensor], LoraConfig]:
+        """The role's adapter, with what it carries in it, as one LoRA; and that LoRA's settings.
 
-        Exact where the carried role is an adapter too, or where the layers have no more than that rank; else the
-        nearest in least squares.
+        Its alpha is its rank, the scale being in B: so programs that know nothing of diffusers' metadata, such as
+        ComfyUI, apply it at the right strength too. Twice the rank where something is carried: exact if that is an
+        adapter too, or if no layer has a higher rank; else the nearest in least squares.
         """
+        scale = config.lora_alpha / config.r
+        own = {n: w * scale if "lora_B" in n else w for n, w in self.state(role).items()}
         if role not in self.carried:
-            return self.state(role), config
-        deltas = zip(self._deltas(role), self._deltas(self.carried[role].role), strict=True)
-        wide = replace(config, r=2 * config.r, lora_alpha=2 * config.lora_alpha)
+            return own, replace(config, lora_alpha=config.r)
+        other = self.carried[role]
+        wide = replace(config, r=2 * config.r, lora_alpha=2 * config.r)
+        if self._seats[other.role].adapter is not None:
+            extra = self.state(other.role)
+            return {
+                n: torch.cat([w, other.weight * scale * extra[n]], 1) if "lora_B" in n else torch.cat([w, extra[n]])
+                for n, w in own.items()
+            }, wide
+        deltas = zip(self._deltas(role), self._deltas(other.role), strict=True)
         weights = {}
-        for name, (own, other) in zip(self._names[id(self._seats[role].transformer)], deltas, strict=True):
-            down, up = _factors((own + self.carried[role].weight * other).float(), wide.r)
-            weights[f"{name}.lora_A.weight"] = down
-            weights[f"{name}.lora_B.weight"] = up / (wide.lora_alpha / wide.r)
+        for name, (change, carried) in zip(self._names[id(self._seats[role].transformer)], deltas, strict=True):
+            down, up = _factors((change + other.weight * carried).float(), wide.r)
+            weights |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
         return weights, wide
 
 

@@ -366,7 +366,7 @@ class Run:
             self.roles.transformer(Role.GENERATOR_EMA).save_pretrained(folder / "transformer")
             return
         for role, name in ((Role.GENERATOR_EMA, "lora"), (Role.FAKE, "lora_fake")):
-            self.backbone.save_lora(folder / name, *self.roles.whole_adapter(role, self.lora))
+            self.backbone.save_lora(folder / name, *self.roles.exported(role, self.lora))
 
 
 @contextmanager
