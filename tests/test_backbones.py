@@ -37,7 +37,7 @@ def theirs(name: str, folder: Path, x_1: torch.Tensor, guidance: float) -> np.nd
     pipeline.set_progress_bar_config(disable=True)
     side = 8 * x_1.shape[-1]
     return pipeline(
-        PROMPTS,
+        list(PROMPTS),  # Z-Image's pipeline writes into the list that it is given
         height=side,
         width=side,
         num_inference_steps=4,
@@ -93,7 +93,7 @@ def test_velocity_points_from_data_to_noise(model: tuple[str, Path]):
         return {}
 
     pipeline(
-        PROMPTS,
+        list(PROMPTS),  # Z-Image's pipeline writes into the list that it is given
         height=64,
         width=64,
         num_inference_steps=4,

@@ -267,3 +267,20 @@ def test_an_exported_adapter_holds_what_the_role_carries(full, rank: int, random
 def test_carrying_needs_an_adapter(random_model: Path):
     with pytest.raises(ValueError, match="generator"):
         lora_roles(load(random_model), lora(), OWN, full=(Role.GENERATOR,), carried=CARRIED)
+
+
+def test_a_lora_of_fewer_modules_leaves_the_others_at_nothing(random_model: Path, tmp_path: Path):
+    backbone = load(random_model)
+    few = LoraConfig(r=4, lora_alpha=8, init_lora_weights="gaussian", target_modules=["to_q", "to_out.0"])
+    small = lora_roles(backbone, few, (Role.GENERATOR,))
+    disturb(small, Role.GENERATOR)
+    args = inputs(backbone)
+    with torch.no_grad(), small.use(Role.GENERATOR) as velocity:
+        expected = velocity(*args)
+    backbone.save_lora(tmp_path, *small.exported(Role.GENERATOR, few))
+    other = load(random_model)
+    roles = lora_roles(other, lora(), (Role.GENERATOR,))
+    disturb(roles, Role.GENERATOR)  # of what was loaded before, nothing may stay
+    load_lora(roles, (Role.GENERATOR,), tmp_path, lora())
+    with torch.no_grad(), roles.use(Role.GENERATOR) as velocity:
+        torch.testing.assert_close(velocity(*args), expected, atol=2e-5, rtol=0)

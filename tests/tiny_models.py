@@ -141,9 +141,12 @@ def _tokenizer(*, pad: str, end: str) -> PreTrainedTokenizerFast:
 
 
 def _stirred(module: torch.nn.Module) -> torch.nn.Module:
-    """No weight zero, nor any pad token empty, so that every path carries signal and gradient."""
+    """No weight zero, so that every path carries signal and gradient; pad tokens, which Z-Image leaves uninitialised,
+    drawn anew."""
     with torch.no_grad():
-        for p in module.parameters():
-            if not p.isfinite().all() or float(p.abs().max()) == 0 or p.numel() == p.shape[-1]:
-                p.add_(0.05 * torch.randn_like(p)) if p.isfinite().all() else p.copy_(0.05 * torch.randn_like(p))
+        for name, p in module.named_parameters():
+            if name.endswith("pad_token"):
+                p.copy_(0.05 * torch.randn_like(p))
+            elif float(p.abs().max()) == 0 or p.ndim == 1:
+                p.add_(0.05 * torch.randn_like(p))
     return module

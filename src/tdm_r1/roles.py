@@ -351,7 +351,7 @@ def load_lora(roles: Roles, targets: tuple[Role, ...], folder: Path, config: Lor
     with safe_open(_lora_file(folder), framework="pt") as file:
         weights = {name.removeprefix("transformer."): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     for role in targets:
-        start = roles.state(role)
+        start = {n: torch.zeros_like(w) if "lora_B" in n else w for n, w in roles.state(role).items()}
         roles.load(role, start | {name: _widened(name, w, scale, start.get(name)) for name, w in weights.items()})
 
 

@@ -13,6 +13,7 @@ from .signs import DIGITS, FONT_SIZE, FONTS, load_font
 
 _GLYPH = (16, 24)  # px, width and height that every glyph is brought to
 _LEAST_PLATE, _LEAST_GLYPH = 200, 6  # px^2
+_RIM = 2  # px of a plate's edge in which no glyph is looked for
 _WHITE = np.full(3, 255.0)
 
 
@@ -49,6 +50,9 @@ def read(image: np.ndarray) -> Reading | None:
     towards_white = _WHITE - plate
     alpha = ((pixels[rows, columns] - plate) @ towards_white / max(towards_white @ towards_white, 1.0)).clip(0, 1)
     inside = alpha[1:-1, 1:-1]
+    rim = np.ones_like(alpha, dtype=bool)  # a soft edge fades to the ground, which is as good as white
+    rim[_RIM:-_RIM, _RIM:-_RIM] = False
+    alpha = np.where(rim, 0.0, alpha)
     glyphs = sorted(_glyphs(alpha), key=lambda found: found[0])
     matches = [_best_match(glyph) for _, glyph in glyphs]
     return Reading(
@@ -60,20 +64,34 @@ def read(image: np.ndarray) -> Reading | None:
 
 
 def _glyphs(alpha: np.ndarray) -> list[tuple[int, np.ndarray]]:
-    """Left edge and normalised picture of every connected glyph that does not touch the border of ``alpha``."""
+    """Left edge and normalised picture of every glyph that does not touch the border of ``alpha``. Strokes above one
+    another are one glyph: thin joints, as in a small serif 5, can be missing."""
     labels, _ = ndimage.label(ndimage.binary_fill_holes(alpha > 0.5))  # a dotted zero is one glyph
     height, width = alpha.shape
-    found = []
-    for i, (rows, columns) in enumerate(ndimage.find_objects(labels), start=1):
+    found: list[tuple[slice, slice, np.ndarray]] = []
+    boxes = [(i, box) for i, box in enumerate(ndimage.find_objects(labels), start=1)]
+    for i, (rows, columns) in sorted(boxes, key=lambda entry: entry[1][1].start):
         own = labels == i
-        if own.sum() < _LEAST_GLYPH or rows.start == 0 or columns.start == 0:
+        if rows.start == 0 or columns.start == 0 or rows.stop == height or columns.stop == width:
             continue
-        if rows.stop == height or columns.stop == width:
-            continue
-        glyph = np.where(ndimage.binary_dilation(own), alpha, 0)[rows, columns]
-        resized = Image.fromarray(glyph.astype(np.float32)).resize(_GLYPH, Image.Resampling.BILINEAR)
-        found.append((columns.start, np.asarray(resized).ravel()))
-    return found
+        if found and _above_one_another(found[-1][1], columns):
+            r, c, other = found.pop()
+            rows = slice(min(r.start, rows.start), max(r.stop, rows.stop))
+            columns, own = slice(c.start, max(c.stop, columns.stop)), own | other
+        found.append((rows, columns, own))
+    glyphs = []
+    for rows, columns, own in found:
+        if own.sum() >= _LEAST_GLYPH:
+            glyph = np.where(ndimage.binary_dilation(own), alpha, 0)[rows, columns]
+            resized = Image.fromarray(glyph.astype(np.float32)).resize(_GLYPH, Image.Resampling.BILINEAR)
+            glyphs.append((columns.start, np.asarray(resized).ravel()))
+    return glyphs
+
+
+def _above_one_another(a: slice, b: slice) -> bool:
+    """Whether two spans of columns share more than half of the narrower one."""
+    shared = min(a.stop, b.stop) - max(a.start, b.start)
+    return shared > 0.5 * min(a.stop - a.start, b.stop - b.start)
 
 
 def _best_match(glyph: np.ndarray) -> tuple[str, float]:

@@ -131,13 +131,14 @@ class SignTask:
         readings = [sign_reader.read(image) for image in images]
         known = [(image, r) for image, r in zip(images, readings, strict=True) if r is not None]
         ious = [iou for _, r in known for iou in r.ious]
+        noise = [n for n in (_clear_of_plate(image, r) for image, r in known) if not np.isnan(n)]
         right = [r is not None and r.text == p.metadata["text"] for r, p in zip(readings, prompts, strict=True)]
         return {
             "read": float(np.mean(right)),
             "cleanliness": float(np.mean(ious)) if ious else 0.0,
             **_compared_with_renders(_features(bundle_path("mini_signs")), images, prompts, images_per_prompt),
             "blur": float(np.mean([r.blur for _, r in known])) if known else float("nan"),
-            "ground_noise": float(np.nanmean([_clear_of_plate(image, r) for image, r in known] or [float("nan")])),
+            "ground_noise": float(np.mean(noise)) if noise else float("nan"),
         }
 
 
