@@ -259,7 +259,7 @@ class Roles:
                 for n, w in own.items()
             }, wide
         deltas = zip(self._deltas(role), self._deltas(other.role), strict=True)
-        weights = {}
+        weights: dict[str, Tensor] = {}
         for name, (change, carried) in zip(self._names[id(self._seats[role].transformer)], deltas, strict=True):
             down, up = _factors((change + other.weight * carried).float(), wide.r)
             weights |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
