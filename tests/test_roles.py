@@ -201,7 +201,7 @@ CARRIED = {Role.GENERATOR: Carried(Role.SURROGATE, 0.7), Role.FAKE: Carried(Role
 def test_a_role_acts_with_what_it_carries(full: tuple[Role, ...], merge: bool, random_model: Path):
     """Against the same weights put together by hand, with and without gradients; nothing flows into what is carried,
     and the role that is carried, the teacher and roles that carry nothing act as they did."""
-    backbone, args = load(random_model), None
+    backbone = load(random_model)
     roles = lora_roles(backbone, lora(), OWN, full=full, merge=merge, carried=CARRIED)
     args = inputs(backbone)
     start = {n: p.detach().clone() for n, p in load(random_model).transformer.named_parameters()}

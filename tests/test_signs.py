@@ -56,6 +56,13 @@ def test_a_plate_without_glyphs_says_nothing():
     assert sign_reader.read(image).text == ""
 
 
+@pytest.mark.parametrize(("height", "width"), [(4, 60), (5, 60), (60, 4)])
+def test_a_plate_too_thin_for_glyphs_says_nothing(height: int, width: int):
+    image = np.full((64, 64, 3), 240, np.uint8)
+    image[2 : 2 + height, 2 : 2 + width] = world.COLORS["blue"]
+    assert sign_reader.read(image).text == ""
+
+
 def test_the_plate_is_found_where_it_was_drawn():
     for i, spec in enumerate(specs(20)):
         sign = signs.make_scene(spec, np.random.default_rng(i))

@@ -50,10 +50,8 @@ def read(image: np.ndarray) -> Reading | None:
     towards_white = _WHITE - plate
     alpha = ((pixels[rows, columns] - plate) @ towards_white / max(towards_white @ towards_white, 1.0)).clip(0, 1)
     inside = alpha[1:-1, 1:-1]
-    rim = np.ones_like(alpha, dtype=bool)  # a soft edge fades to the ground, which is as good as white
-    rim[_RIM:-_RIM, _RIM:-_RIM] = False
-    alpha = np.where(rim, 0.0, alpha)
-    glyphs = sorted(_glyphs(alpha), key=lambda found: found[0])
+    # a soft edge fades to the ground, which is as good as white
+    glyphs = sorted(_glyphs(alpha[_RIM:-_RIM, _RIM:-_RIM]), key=lambda found: found[0])
     matches = [_best_match(glyph) for _, glyph in glyphs]
     return Reading(
         text="".join(digit for digit, _ in matches),
@@ -66,6 +64,8 @@ def read(image: np.ndarray) -> Reading | None:
 def _glyphs(alpha: np.ndarray) -> list[tuple[int, np.ndarray]]:
     """Left edge and normalised picture of every glyph that does not touch the border of ``alpha``. Strokes above one
     another are one glyph: thin joints, as in a small serif 5, can be missing."""
+    if alpha.size == 0:
+        return []
     labels, _ = ndimage.label(ndimage.binary_fill_holes(alpha > 0.5))  # a dotted zero is one glyph
     height, width = alpha.shape
     found: list[tuple[slice, slice, np.ndarray]] = []
