@@ -96,7 +96,8 @@ class ServeReward:
 class ImportRelease:
     """Turns the authors' released Z-Image checkpoint, a pickled list of tensors, into a LoRA for diffusers.
 
-    Only tensors are unpickled; a file with anything else, or whose shapes do not fit, is refused.
+    Only tensors are unpickled; a file with anything else, or whose shapes do not fit, is refused. Not yet run on the
+    real file: compare pictures, since shapes alone cannot show that the order of the list is the one assumed.
     """
 
     checkpoint: Positional[Path]

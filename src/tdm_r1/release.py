@@ -1,8 +1,11 @@
 """The authors' released Z-Image checkpoint (`tdmr1_zimage_ema.ckpt`) as a LoRA that plain diffusers loads.
 
-The file is a pickled list of tensors without names: the averaged adapter weights in the order of the transformer's
-parameters. Rank, alpha and targets are the published ones (github.com/Luo-Yihong/TDM-R1). Nothing but tensors is
-unpickled, and names are given only if every shape fits.
+The file is a pickled list of tensors without names. Rank, alpha and targets are the published ones
+(github.com/Luo-Yihong/TDM-R1). Nothing but tensors is unpickled, and names are given only if count and shapes fit.
+
+This has not been run on the real file. Two things are taken for granted: that the list follows the transformer's own
+order of parameters, and that the released model has diffusers' default sizes. All projections have one size, so shapes
+would not show another order: compare pictures of the converted LoRA with the authors' before relying on it.
 """
 
 from __future__ import annotations
