@@ -67,11 +67,9 @@ def samples(run: Run, n: int) -> tuple[np.ndarray, np.ndarray]:
     noise = torch.Generator().manual_seed(31)
     images, rewards = [], []
     for prompt in track(prompts, "sampling"):
-        c = run.embed([prompt.text] * n)
         x_1 = torch.randn((n, *run.backbone.latent_shape), generator=noise)
-        own = generate(
-            run.backbone, run.roles, run.few_step(Role.GENERATOR), c, run.embed([""]), x_1.to(c.embeds.device), batch=n
-        )
+        sampling = run.few_step(Role.GENERATOR)
+        own = generate(run.backbone, run.roles, sampling, run.embed, [prompt.text] * n, x_1, batch=n)
         images.append(own)
         rewards.append(run.scorer(own, [prompt] * n).values)
     return np.stack(images), np.stack(rewards)

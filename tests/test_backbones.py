@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 import tiny_models
 from tdm_r1.backbones import Conditioning, PipelineBackbone, load_backbone
@@ -58,10 +59,10 @@ def test_the_same_image_as_the_pipeline(model: tuple[str, Path], guidance: float
     expected = theirs(name, folder, x_1, guidance)
     embed = Embedder(backbone)
     sampling = Sampling(Role.TEACHER, steps=4, shift=3.0, guidance=guidance)
-    ours = generate(backbone, full_roles(backbone, ()), sampling, embed(PROMPTS), embed([""]), x_1, batch=2)
+    ours = generate(backbone, full_roles(backbone, ()), sampling, embed, PROMPTS, x_1, batch=2)
     assert ours.shape == (2, resolution, resolution, 3)
     assert np.abs(ours / 255.0 - expected).max() <= 0.51 / 255  # half a level: the rounding to 8 bits
-    other = generate(backbone, full_roles(backbone, ()), sampling, embed(PROMPTS[::-1]), embed([""]), x_1, batch=2)
+    other = generate(backbone, full_roles(backbone, ()), sampling, embed, PROMPTS[::-1], x_1, batch=2)
     assert (other != ours).any()  # the prompt plays a part
 
 
@@ -129,3 +130,21 @@ def test_bad_models_are_refused(tmp_path: Path):
     (folder / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
     with pytest.raises(ValueError, match="FluxPipeline"):
         load(folder)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (GatedRepoError, r"is behind a licence: accept it at https://huggingface\.co/someone/model.*hf auth login"),
+        (RepositoryNotFoundError, "is neither a local folder nor known to the hub"),
+        (None, r"the hub cannot be reached: download it where it can \(`hf download someone/model`\)"),
+    ],
+)
+def test_what_the_hub_refuses_is_told_in_one_line(error: type | None, message: str, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*args: object, **kwargs: object) -> None:
+        cause = error.__new__(error) if error else None  # the hub's errors want an HTTP response
+        raise OSError("diffusers' own words") from cause
+
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", refuse)
+    with pytest.raises(ValueError, match=message):
+        load_backbone("someone/model", max_sequence_length=48, dtype=torch.float32, device="cpu")

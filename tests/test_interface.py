@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -38,6 +39,7 @@ def test_recipes_resolve_and_round_trip(name: str, tmp_path: Path):
         ({"iterations": 0}, "iterations = 0: .*greater than or equal to 1"),
         ({"batch": {"group": 1}}, r"batch\.group = 1: TDM-R1 compares samples"),
         ({"task": {"name": "prompts"}}, r"task\.name = 'prompts' with task\.prompts = None"),
+        ({"task": {"eval_prompts": "x.txt"}}, r"task\.eval_prompts goes with task\.name = prompts, not with 'mini'"),
         ({"surrogate": {"time_range": [0.9, 0.3]}}, r"surrogate\.time_range = .*0 <= low < high <= 1"),
         ({"surrogate": {"loss": "dpo"}}, r"surrogate\.loss = 'dpo': .*'anchored' or 'preference'"),
     ],
@@ -132,6 +134,10 @@ def test_prompt_files(tmp_path: Path):
     text = tmp_path / "a.txt"
     text.write_text("a cat\n\na dog\n")
     assert [p.text for p in PromptFileTask(text).eval_prompts(3)] == ["a cat", "a dog", "a cat"]
+    (tmp_path / "held_out.txt").write_text("a fox\n")
+    apart = PromptFileTask(text, tmp_path / "held_out.txt")
+    assert [p.text for p in apart.eval_prompts(2)] == ["a fox", "a fox"]
+    assert {p.text for p in apart.train_prompts(20, np.random.default_rng(0))} == {"a cat", "a dog"}
     rows = tmp_path / "a.jsonl"
     rows.write_text(json.dumps({"prompt": "a cat", "count": 2}) + "\n")
     assert PromptFileTask(rows).eval_prompts(1)[0].metadata == {"count": 2}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import tiny_models
 from tdm_r1.algorithms.tdm import few_step_sample
@@ -43,7 +43,8 @@ def left_brightness(images, prompts, metadata):
     return images[:, :, :16].mean((1, 2, 3)) / 255.0
 
 
-def tiny_run(make: Make, folder: Path) -> Run:
+def tiny_run(make: Make, folder: Path, **model: object) -> Run:
+    folder.mkdir(exist_ok=True)
     (folder / "prompts.txt").write_text("\n".join(PROMPTS))
     values = load_recipe("mini").model_dump()
     values |= {"iterations": 2, "output": folder, "name": "run"}
@@ -54,6 +55,7 @@ def tiny_run(make: Make, folder: Path) -> Run:
         "resolution": 32,
         "lora": {"rank": 4, "alpha": 8, "targets": LORA_TARGETS},
         **make(folder),
+        **model,
     }
     values["task"] = {"name": "prompts", "prompts": folder / "prompts.txt"}
     values["batch"] = {"prompts": 2, "group": 3, "micro_batch": 6}
@@ -81,6 +83,76 @@ def test_every_role_learns_and_nothing_else_moves(make: Make, tmp_path: Path):
         still = {name for name, p in run.roles.state(role).items() if torch.equal(p, start[name])}
         assert still == {name for name in start if never_asked(name)}, role
     assert all(torch.equal(p, old) for p, old in frozen)
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_gradient_checkpointing_changes_no_gradient(make: Make, tmp_path: Path):
+    """Under every switch of roles: recomputation has to run through the adapter that was active in the forward."""
+    plain, again = (tiny_run(make, tmp_path / str(on), gradient_checkpointing=on) for on in (False, True))
+    for run in (plain, again):
+        run.step()
+        run.step()
+    for role in (*TRAINED, *AVERAGES):
+        for name, p in plain.roles.state(role).items():
+            torch.testing.assert_close(again.roles.state(role)[name], p, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_bfloat16_backbones_carry_float32_roles(make: Make, tmp_path: Path):
+    """Small updates vanish in bfloat16: what is trained and averaged is float32."""
+    run = tiny_run(make, tmp_path, dtype="bfloat16", gradient_checkpointing=True)
+    assert {p.dtype for p in run.roles.parameters(Role.GENERATOR)} == {torch.float32}
+    before = {role: run.roles.state(role) for role in (*TRAINED, *AVERAGES)}
+    run.step()
+    run.step()
+    for role, start in before.items():
+        moved = [name for name, p in run.roles.state(role).items() if not torch.equal(p, start[name])]
+        assert {name for name in start if not never_asked(name)} == set(moved), role
+    hosts = [run.roles.transformer(r) for r in (Role.TEACHER, Role.GENERATOR)]
+    assert all(p.dtype == torch.bfloat16 for h in hosts for n, p in h.named_parameters() if "lora_" not in n)
+
+
+def test_offloaded_parts_come_for_their_work_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run = tiny_run(sd3, tmp_path, offload=True)
+    moves: list[tuple[str, str]] = []
+    inner = torch.nn.Module.to
+
+    def to(module: torch.nn.Module, *args: object, **kwargs: object) -> torch.nn.Module:
+        if args and isinstance(args[0], str):
+            moves.append((type(module).__name__, args[0]))
+        return inner(module, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.Module, "to", to)
+    run.backbone.offload_from = "cpu:0"  # the only device here, by another name
+    run.backbone.encode(["a red circle"])
+    encoders = ["CLIPTextModelWithProjection", "CLIPTextModelWithProjection", "T5EncoderModel"]
+    assert moves == [(e, "cpu:0") for e in encoders] + [(e, "cpu") for e in encoders]
+    moves.clear()
+    run.backbone.decode(torch.zeros(1, *run.backbone.latent_shape))
+    assert moves == [("AutoencoderKL", "cpu:0"), ("AutoencoderKL", "cpu")]
+
+
+def test_a_published_strength_is_what_diffusers_does_with_it(tmp_path: Path):
+    """TDM-SD3's LoRA is meant for 0.125, and a foreign file has no metadata: alpha is then its rank."""
+    run = tiny_run(sd3, tmp_path)
+    with torch.no_grad():
+        for p in run.roles.parameters(Role.GENERATOR_EMA):
+            p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    run.export(tmp_path)
+    foreign = tmp_path / "foreign" / "tdm.safetensors"
+    foreign.parent.mkdir()
+    save_file(load_file(tmp_path / "lora" / "pytorch_lora_weights.safetensors"), foreign)
+    with pytest.raises(ValueError, match=r"carries no adapter metadata.*model\.student_lora_scale"):
+        tiny_run(sd3, tmp_path / "a", student_lora=str(foreign.parent))
+    wide = {"rank": 8, "alpha": 8, "targets": LORA_TARGETS}  # the file holds what was carried too
+    start = tiny_run(sd3, tmp_path / "b", student_lora=str(foreign.parent), student_lora_scale=0.125, lora=wide)
+    pipeline = DiffusionPipeline.from_pretrained(start.config.model.path)
+    pipeline.load_lora_weights(foreign.parent, adapter_name="tdm", weight_name=foreign.name)
+    pipeline.set_adapters(["tdm"], [0.125])
+    c, x, t = start.embed(PROMPTS), torch.randn(2, *start.backbone.latent_shape), torch.full((2,), 0.6)
+    with torch.no_grad(), start.roles.use(Role.GENERATOR) as velocity:
+        expected = start.backbone.velocity_of(pipeline.transformer)(x, t, c)
+        torch.testing.assert_close(velocity(x, t, c), expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("make", MODELS)

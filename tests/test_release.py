@@ -12,7 +12,7 @@ from peft import LoraConfig
 
 import tiny_models
 from tdm_r1 import cli, release
-from tdm_r1.roles import lora_settings
+from tdm_r1.lora_files import lora_settings
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,8 @@ from peft import LoraConfig
 
 from tdm_r1.backbones import PipelineBackbone, load_backbone
 from tdm_r1.config import LORA_TARGETS
-from tdm_r1.roles import Carried, Role, Roles, full_roles, load_lora, lora_roles
+from tdm_r1.lora_files import load_lora
+from tdm_r1.roles import Carried, Role, Roles, full_roles, lora_roles
 
 OWN = (Role.GENERATOR, Role.GENERATOR_EMA, Role.FAKE, Role.SURROGATE, Role.REFERENCE)
 

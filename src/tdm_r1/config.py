@@ -42,7 +42,13 @@ class ModelConfig(BaseModel):
         "mini", description="'mini', 'mini_signs', a hub id or a folder with a diffusers pipeline: student and teacher."
     )
     teacher: str | None = Field(None, description="Another pipeline as teacher, if the student's base differs.")
-    student_lora: str | None = Field(None, description="A LoRA folder that the generator starts from (TDM).")
+    student_lora: str | None = Field(None, description="A LoRA, by folder or hub id, that the generator starts from.")
+    student_lora_scale: float | None = Field(
+        None,
+        gt=0,
+        description="Strength at which student_lora is meant to be loaded, where its publisher names one (TDM-SD3: "
+        "0.125); needed for a file without adapter metadata.",
+    )
     fake_lora: str | None = Field(None, description="A LoRA folder that the fake score starts from; else the teacher.")
     max_sequence_length: int = Field(256, ge=1, le=512, description="Tokens of a prompt; a mini model knows its own.")
     resolution: int | None = Field(None, ge=16, description="Side of the pictures in px; else the model's own.")
@@ -51,6 +57,17 @@ class ModelConfig(BaseModel):
     roles: Literal["lora", "full"] = Field("lora", description="Adapters on one backbone, or a copy for each role.")
     merge: bool = Field(
         False, description="Run roles that need no gradient as merged copies: faster for small models, costs memory."
+    )
+    gradient_checkpointing: bool = Field(
+        False,
+        description="Compute activations again in the backward rather than keep them: a third slower, far smaller.",
+    )
+    offload: bool = Field(
+        False, description="Keep text encoders and autoencoder in main memory while nobody needs them."
+    )
+    decode_batch: int = Field(32, ge=1, description="Pictures that the autoencoder decodes at once.")
+    vae_tiling: bool = Field(
+        False, description="Decode pictures in overlapping tiles: less memory at high resolutions, faint seams."
     )
     lora: LoraSettings = LoraSettings()
 
@@ -68,6 +85,9 @@ class TaskConfig(BaseModel):
         None,
         description="A .txt (one a line) or .jsonl (prompt + metadata) file; for geneval, the official metadata to "
         "evaluate on.",
+    )
+    eval_prompts: Path | None = Field(
+        None, description="A file of prompts to evaluate on, where task.prompts is trained on; else the same."
     )
     weights: dict[str, float] | None = Field(
         None, description="Share of each family in training; else equal (mini) or Flow-GRPO's (geneval)."
@@ -113,6 +133,11 @@ class RunConfig(BaseModel):
     seed: int = 0
     iterations: int = Field(100, ge=1)
     save_every: int = Field(25, ge=1, description="Iterations between checkpoints.")
+    distill_with: str | None = Field(
+        None,
+        description="A recipe of tdm that makes the few-step start first, in the run's folder; not needed where "
+        "model.student_lora or a few-step model.path is the start.",
+    )
     reward: str = Field(
         "mini",
         description="A name (`tdm-r1 rewards`), my_rewards.py:function, a server's URL, or a sum: 'ocr + 0.5*mini'.",
@@ -158,6 +183,8 @@ class RunConfig(BaseModel):
                 f"task.name = {name!r} with task.prompts = {self.task.prompts}: a file of prompts goes with "
                 "task.name = prompts, which needs one, or geneval"
             )
+        if self.task.eval_prompts is not None and name != "prompts":
+            raise ValueError(f"task.eval_prompts goes with task.name = prompts, not with {name!r}")
         return self
 
 
@@ -167,7 +194,7 @@ class TrainCommand:
 
     config: Annotated[RunConfig, tyro.conf.arg(name="")]
     dry_run: bool = False
-    """Print the resolved configuration and stop."""
+    """Print the resolved configuration and what it will need of a GPU, and stop; needs neither GPU nor hub."""
     resume: bool = False
     """Go on from the run's last checkpoint."""
 

@@ -40,17 +40,20 @@ class Sampling:
 
 @dataclass
 class Embedder:
-    """Text embeddings, computed once per distinct prompt."""
+    """Text embeddings, computed once per distinct prompt while it is among the last ``kept``."""
 
     backbone: Backbone
+    kept: int = 512  # SD3's take 2.7 MB each
     cache: dict[str, Conditioning] = field(default_factory=dict)
 
     def __call__(self, prompts: Sequence[str]) -> Conditioning:
-        for prompt in dict.fromkeys(prompts):
-            if prompt not in self.cache:  # one by one: in a batch the last bits would depend on the company
-                self.cache[prompt] = self.backbone.encode([prompt])
-        found = [self.cache[p] for p in prompts]
-        return Conditioning.join(found)
+        found: dict[str, Conditioning] = {}
+        for prompt in dict.fromkeys(prompts):  # one by one: in a batch the last bits would depend on the company
+            found[prompt] = self.cache.pop(prompt, None) or self.backbone.encode([prompt])
+        self.cache |= found
+        for old in list(self.cache)[: -self.kept]:
+            del self.cache[old]
+        return Conditioning.join([found[p] for p in prompts])
 
 
 def _of_prompts(velocity: Velocity, c: Conditioning, x_t: Tensor, t: Tensor) -> Tensor:
@@ -62,23 +65,25 @@ def generate(
     backbone: Backbone,
     roles: Roles,
     sampling: Sampling,
-    c: Conditioning,
-    empty: Conditioning,
+    embed: Embedder,
+    prompts: Sequence[str],
     x_1: Tensor,
     *,
     batch: int,
 ) -> np.ndarray:
-    """Pictures, uint8 [B, H, W, 3], from noise ``x_1`` [B, C, h, w]."""
+    """Pictures, uint8 [B, H, W, 3], of B prompts from noise ``x_1`` [B, C, h, w], ``batch`` at a time."""
     grid = flow.few_step_grid(sampling.steps, sampling.shift)
     chunks = []
-    with roles.use(sampling.role) as velocity:
-        field_of = guided(velocity, empty, sampling.guidance)
-        for rows in torch.arange(len(x_1)).split(batch):
-            part = c.rows(rows)
-            noise = torch_rng(0, int(rows[0]), "stochastic sampler")
-            part_velocity = partial(_of_prompts, field_of, part)
-            final = solvers.sample(part_velocity, x_1[rows], grid, solver=sampling.solver, noise=noise).final
-            chunks.append(backbone.decode(final))
+    for start in range(0, len(x_1), batch):
+        c = embed(prompts[start : start + batch])
+        x = x_1[start : start + batch].to(c.embeds.device)
+        with roles.use(sampling.role) as velocity:
+            field_of = guided(velocity, embed([""]), sampling.guidance)
+            noise = torch_rng(0, start, "stochastic sampler")
+            final = solvers.sample(
+                partial(_of_prompts, field_of, c), x, grid, solver=sampling.solver, noise=noise
+            ).final
+        chunks.append(backbone.decode(final))
     return np.concatenate(chunks)
 
 
@@ -132,11 +137,12 @@ class Evaluator:
         return [p for p in prompts for _ in range(self.images_per_prompt)]
 
     def _sample(self, sampling: Sampling, prompts: list[Prompt]) -> np.ndarray:
-        c, empty = self.embed([p.text for p in prompts]), self.embed([""])
-        return generate(self.backbone, self.roles, sampling, c, empty, self.x_1.to(c.embeds.device), batch=self.batch)
+        texts = [p.text for p in prompts]
+        return generate(self.backbone, self.roles, sampling, self.embed, texts, self.x_1, batch=self.batch)
 
     def __call__(self, sampling: Sampling) -> Evaluation:
-        self.embed([p.text for p in self.prompts])  # not part of the seconds that follow
+        for prompt in self.prompts[:: self.images_per_prompt]:
+            self.embed([prompt.text])  # not part of the seconds that follow
         start = time.perf_counter()
         images = self._sample(sampling, self.prompts)
         seconds = time.perf_counter() - start

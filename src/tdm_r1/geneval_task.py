@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .rewards.geneval_protocol import CLASSES, COLORS, RELATIONS
-from .tasks import Prompt, PromptFileTask
+from .tasks import Prompt, read_prompts
 
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 # Shares in training. From a neighbour: Flow-GRPO's 7 : 5 : 3 : 1 : 1, which leaves single objects out.
@@ -53,7 +53,7 @@ class GenEvalTask:
 
 def read_metadata(path: Path) -> list[Prompt]:
     """Prompts in GenEval's format. Raises ValueError naming the line and what is wrong with it."""
-    prompts = PromptFileTask(path).prompts
+    prompts = read_prompts(path, "task.prompts")
     for number, prompt in enumerate(prompts, start=1):
         if why := _why_not(prompt.metadata):
             raise ValueError(f"{path}:{number}: {why}")

@@ -2,27 +2,26 @@
 
 A role sits on a *seat*: a transformer, and either a LoRA adapter on it or the transformer's own weights. One frozen
 backbone can so carry every role as an adapter (the teacher is the backbone with adapters off); a second backbone
-serves a student whose base differs from the teacher's; full-weight roles are transformers of their own.
+serves a student whose base differs from the teacher's; full-weight roles are transformers of their own. What a role
+owns is float32, whatever the frozen backbone's precision: small updates and slow averages vanish in bfloat16.
 """
 
 from __future__ import annotations
 
 import copy
-import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import safe_open
 from torch import Tensor, nn
 
+from . import flow
 from .backbones import Backbone, Velocity
 
 
@@ -145,7 +144,9 @@ class Roles:
     def _merged_weights(self, role: Role) -> list[Tensor]:
         """The weights of the adapted layers with the role's adapter in them."""
         carrying = self._carrying_weights(role)
-        return self._made_once(role, True, lambda: [w + d for w, d in zip(carrying, self._deltas(role), strict=True)])
+        return self._made_once(
+            role, True, lambda: [(w + d).to(w.dtype) for w, d in zip(carrying, self._deltas(role), strict=True)]
+        )
 
     def _carrying_weights(self, role: Role) -> list[Tensor]:
         """The weights of the adapted layers that the role's adapter sits on: the backbone's and what it carries."""
@@ -154,8 +155,19 @@ class Roles:
             return base
         other = self.carried[role]
         return self._made_once(
-            role, False, lambda: [w + other.weight * d for w, d in zip(base, self._deltas(other.role), strict=True)]
+            role,
+            False,
+            lambda: [(w + other.weight * d).to(w.dtype) for w, d in zip(base, self._deltas(other.role), strict=True)],
         )
+
+    def copied_bytes(self) -> int:
+        """What merged and carried weights come to once every role has been on stage."""
+        total = 0
+        for role, seat in self._seats.items():
+            if seat.adapter is not None:
+                copies = self.merge + (role in self.carried)
+                total += copies * sum(w.numel() * w.element_size() for w in self._base[id(seat.transformer)])
+        return total
 
     def _deltas(self, role: Role) -> list[Tensor]:
         """How ``role`` changes the weights of the layers that are adapted, from where it started."""
@@ -307,6 +319,7 @@ def lora_roles(
             transformer.add_adapter(config, adapter_name=str(role))
         # `init_lora_weights` draws A anew for each adapter: make equal starts really equal
         seat = Seat(host.transformer, str(role))
+        _widen(p for _, p in Roles._named(seat))
         if id(host.transformer) in first:
             source = dict(Roles._named(Seat(host.transformer, first[id(host.transformer)])))
             with torch.no_grad():  # initialisation
@@ -325,7 +338,14 @@ def _hosts(student: Backbone, teacher: Backbone | None, roles: tuple[Role, ...])
 
 
 def _own_transformer(host: Backbone) -> Seat:
-    return Seat(copy.deepcopy(host.transformer), None)
+    transformer = copy.deepcopy(host.transformer)
+    _widen(transformer.parameters())
+    return Seat(transformer, None)
+
+
+def _widen(parameters: Iterable[nn.Parameter]) -> None:
+    for p in parameters:
+        p.data = flow.widen(p.data)
 
 
 def full_roles(student: Backbone, roles: tuple[Role, ...], *, teacher: Backbone | None = None) -> Roles:
@@ -333,58 +353,3 @@ def full_roles(student: Backbone, roles: tuple[Role, ...], *, teacher: Backbone 
     seats = {role: _own_transformer(host) for role, host in _hosts(student, teacher, roles).items()}
     seats[Role.TEACHER] = Seat((teacher or student).transformer, None)
     return Roles(seats, student.velocity_of)
-
-
-def load_lora(roles: Roles, targets: tuple[Role, ...], folder: Path, config: LoraConfig) -> None:
-    """Starts ``targets`` from a LoRA that diffusers wrote (`Backbone.save_lora`).
-
-    A LoRA of lower rank, of another alpha or of fewer modules fits too: its weights are rescaled, what it lacks starts
-    from nothing. Raises ValueError if its rank is higher than that of ``config``, or if it has modules unknown here.
-    """
-    saved = lora_settings(folder)
-    if saved.r > config.r:
-        raise ValueError(
-            f"the LoRA at {str(folder)!r} has rank {saved.r}, this run's adapters have {config.r}: "
-            f"set model.lora.rank to {saved.r} or more"
-        )
-    scale = (saved.lora_alpha / saved.r) / (config.lora_alpha / config.r)
-    with safe_open(_lora_file(folder), framework="pt") as file:
-        weights = {name.removeprefix("transformer."): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    for role in targets:
-        start = {n: torch.zeros_like(w) if "lora_B" in n else w for n, w in roles.state(role).items()}
-        roles.load(role, start | {name: _widened(name, w, scale, start.get(name)) for name, w in weights.items()})
-
-
-def _widened(name: str, weight: Tensor, scale: float, start: Tensor | None) -> Tensor:
-    """One matrix of a LoRA, in the shape of ``start``: A keeps its new rows, B has zeros in its new columns, so that
-    B A is ``scale`` times what it was."""
-    down = "lora_A" in name
-    weight = weight if down else weight * scale
-    if start is None or start.shape == weight.shape:
-        return weight  # where the module is unknown, `Roles.load` says so
-    wide = start.to(weight.dtype) if down else weight.new_zeros(start.shape)
-    wide[tuple(slice(n) for n in weight.shape)] = weight
-    return wide
-
-
-def lora_settings(folder: Path) -> LoraConfig:
-    """The adapter settings that a LoRA file carries. Raises ValueError where it has none: alpha would be a guess."""
-    with safe_open(_lora_file(folder), framework="pt") as file:
-        metadata = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
-    prefix = "transformer."
-    settings = {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
-    if not settings:
-        raise ValueError(f"the LoRA at {str(folder)!r} carries no adapter metadata: save it again with its LoraConfig")
-    return LoraConfig(
-        r=settings["r"],
-        lora_alpha=settings["lora_alpha"],
-        init_lora_weights="gaussian",
-        target_modules=settings["target_modules"],
-    )
-
-
-def _lora_file(folder: Path) -> Path:
-    file = folder / "pytorch_lora_weights.safetensors" if folder.is_dir() else folder
-    if not file.is_file():
-        raise ValueError(f"no LoRA at {str(folder)!r}: give a folder with pytorch_lora_weights.safetensors")
-    return file

@@ -1,4 +1,4 @@
-"""Sampling and evaluating finished LoRAs: what `tdm-r1 sample` and `tdm-r1 eval` do."""
+"""Sampling a finished LoRA: what `tdm-r1 sample` does."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import torch
 from peft import LoraConfig
 from PIL import Image
 from rich.console import Console
-from rich.table import Table
 
 from . import pictures
 from .backbones import PipelineBackbone, load_backbone
-from .config import ModelConfig, load_recipe
+from .config import ModelConfig
 from .errors import UserError
 from .evaluation import Embedder, Sampling, generate
+from .lora_files import load_lora, lora_settings
 from .mini import bundle
-from .roles import Role, Roles, load_lora, lora_roles, lora_settings
-from .trainer import Run, resolve_device, resolve_model
+from .roles import Role, Roles, lora_roles
+from .trainer import resolve_device, resolve_model
 
 if TYPE_CHECKING:
-    from .cli import Eval, Sample
+    from .cli import Sample
 
 
 class FewStepModel:
@@ -62,9 +62,7 @@ class FewStepModel:
     def __call__(self, prompts: Sequence[str], *, seed: int = 0) -> np.ndarray:
         """Pictures, uint8 [B, H, W, 3], one a prompt; the same seed and prompts give the same pictures."""
         x_1 = torch.randn((len(prompts), *self.backbone.latent_shape), generator=torch.Generator().manual_seed(seed))
-        c = self.embed(prompts)
-        x_1 = x_1.to(c.embeds.device)
-        return generate(self.backbone, self.roles, self.sampling, c, self.embed([""]), x_1, batch=64)
+        return generate(self.backbone, self.roles, self.sampling, self.embed, prompts, x_1, batch=16)
 
 
 def sample_command(command: Sample) -> None:
@@ -85,33 +83,3 @@ def sample_command(command: Sample) -> None:
         picture = pictures.grid(list(zip(prompts, rows, strict=True)), captions, tile=max(96, images.shape[1]))
     pictures.save_png(picture, command.out)
     Console().print(f"Wrote {command.out}")
-
-
-def eval_command(command: Eval) -> None:
-    """`tdm-r1 eval`: a column for the many-step base at each guidance, then one for each LoRA."""
-    console = Console()
-    config = load_recipe(command.recipe)
-    folders = {lora: bundle.student_path(lora) for lora in command.lora}
-    rank = max([config.model.lora.rank, *(lora_settings(folder).r for folder in folders.values())])
-    settings = {
-        "evaluation.prompts": command.prompts,
-        "evaluation.images_per_prompt": command.images_per_prompt,
-        "model.lora.rank": rank,  # a run's LoRA is wider than its adapters where it holds what they carried
-    }
-    run = Run(config.override(settings))
-    evaluator = run.evaluator()
-    columns: dict[str, dict[str, float]] = {}
-    if command.base_steps:
-        for scale in command.guidance:
-            sampling = Sampling(Role.TEACHER, command.base_steps, config.sampler.shift, guidance=scale)
-            columns[f"base, guidance {scale:g}"] = evaluator(sampling).metrics
-    for lora, folder in folders.items():
-        load_lora(run.roles, (Role.GENERATOR_EMA,), folder, run.lora)
-        columns[lora] = evaluator(run.few_step()).metrics
-    run.scorer.close()
-    if not columns:
-        raise UserError("nothing to evaluate: give --lora, or --base-steps above 0")
-    table = Table(*("metric", *columns))
-    for name in next(iter(columns.values())):
-        table.add_row(name, *(f"{m.get(name, float('nan')):.3f}" for m in columns.values()))
-    console.print(table)

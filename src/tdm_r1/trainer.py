@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -25,15 +26,16 @@ from .algorithms.tdm import TDM
 from .algorithms.tdm_r1 import TDMR1
 from .backbones import PipelineBackbone, load_backbone
 from .checkpoint import load_state, save_state, write_text
-from .config import ModelConfig, RunConfig, TaskConfig, dump
+from .config import ModelConfig, RunConfig, TaskConfig, dump, load_recipe
 from .errors import UserError
 from .evaluation import Embedder, Evaluation, Evaluator, Sampling, mean_of
 from .geneval_task import GenEvalTask
+from .lora_files import load_lora
 from .mini import bundle
 from .randomness import numpy_rng, torch_rng
 from .rewards import Reward, Scorer, Scores, Watch
 from .rewards.scores import joined
-from .roles import PHI, Carried, Role, Roles, full_roles, load_lora, lora_roles
+from .roles import PHI, Carried, Role, Roles, full_roles, lora_roles
 from .tasks import Prompt, PromptFileTask, Task
 
 KEPT_CHECKPOINTS = 2
@@ -48,10 +50,10 @@ def resolve_device(name: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
-def resolve_model(config: ModelConfig) -> tuple[str, Path | None, Path | None, int]:
+def resolve_model(config: ModelConfig) -> tuple[str, str | Path | None, str | Path | None, int]:
     """Path of the pipeline, the generator's and the fake score's LoRA, and T5's length; a mini model fills them in."""
-    student = Path(config.student_lora) if config.student_lora else None
-    fake = Path(config.fake_lora) if config.fake_lora else None
+    student: str | Path | None = config.student_lora
+    fake: str | Path | None = config.fake_lora
     if config.path not in bundle.MODELS:
         return config.path, student, fake, config.max_sequence_length
     root = bundle.bundle_path(config.path)
@@ -63,12 +65,60 @@ def resolve_model(config: ModelConfig) -> tuple[str, Path | None, Path | None, i
 def load_task(config: TaskConfig) -> Task:
     if config.name == "prompts":
         assert config.prompts is not None  # checked by RunConfig
-        return PromptFileTask(config.prompts)
+        return PromptFileTask(config.prompts, config.eval_prompts)
     if config.name == "geneval":
         return GenEvalTask(config.weights, config.prompts)
     from .mini.task import MiniTask, SignTask
 
     return SignTask() if config.name == "mini_signs" else MiniTask(config.weights)
+
+
+def adapter_settings(config: ModelConfig) -> LoraConfig:
+    """What peft makes the roles' adapters of."""
+    return LoraConfig(
+        r=config.lora.rank,
+        lora_alpha=config.lora.alpha,
+        init_lora_weights="gaussian",
+        target_modules=list(config.lora.targets),
+    )
+
+
+def load_backbones(config: RunConfig) -> tuple[PipelineBackbone, PipelineBackbone | None]:
+    """The student's backbone, and the teacher's where it is another one."""
+    m = config.model
+    path, _, _, length = resolve_model(m)
+    load = partial(
+        load_backbone,
+        max_sequence_length=length,
+        dtype=getattr(torch, m.dtype),
+        device=resolve_device(m.device),
+        resolution=m.resolution,
+        decode_batch=m.decode_batch,
+        tiling=m.vae_tiling,
+        offload=m.offload,
+        gradient_checkpointing=m.gradient_checkpointing,
+    )
+    return load(path), load(m.teacher) if m.teacher else None
+
+
+def cast_roles(config: RunConfig, student: PipelineBackbone, teacher: PipelineBackbone | None) -> Roles:
+    """The roles of a run on its backbones; ``teacher`` where it is not the student's."""
+    torch.manual_seed(config.seed)  # peft initialises adapters from the global generator
+    own = OWN_ROLES[config.algorithm]
+    if config.model.roles == "full":
+        return full_roles(student, own, teacher=teacher)
+    full = PHI if config.algorithm == "tdm_r1" and config.surrogate.weights == "full" else ()
+    weight = config.surrogate.carried if config.algorithm == "tdm_r1" else 0.0
+    phi = Carried(Role.SURROGATE_EMA, weight)
+    return lora_roles(
+        student,
+        adapter_settings(config.model),
+        own,
+        teacher=teacher,
+        full=full,
+        merge=config.model.merge,
+        carried=dict.fromkeys((Role.GENERATOR, Role.GENERATOR_EMA, Role.FAKE), phi) if weight else None,
+    )
 
 
 class Run:
@@ -90,25 +140,13 @@ class Run:
         self.scorer = Scorer(config.reward, config.scoring, reward=reward)
         self.watch = Watch()
         self.told: set[str] = set()  # failures of the reward that were shown
-        path, student, fake, length = resolve_model(config.model)
-        device, dtype = resolve_device(config.model.device), getattr(torch, config.model.dtype)
-        load = partial(
-            load_backbone,
-            max_sequence_length=length,
-            dtype=dtype,
-            device=device,
-            resolution=config.model.resolution,
-        )
-        self.backbone = load(path)
-        self.lora = LoraConfig(
-            r=config.model.lora.rank,
-            lora_alpha=config.model.lora.alpha,
-            init_lora_weights="gaussian",
-            target_modules=list(config.model.lora.targets),
-        )
-        self.roles = self._cast(load(config.model.teacher) if config.model.teacher else None)
+        _, student, fake, _ = resolve_model(config.model)
+        self.backbone, teacher = load_backbones(config)
+        self.lora = adapter_settings(config.model)
+        self.roles = cast_roles(config, self.backbone, teacher)
         if student:
-            load_lora(self.roles, (Role.GENERATOR, Role.GENERATOR_EMA), student, self.lora)
+            strength = config.model.student_lora_scale
+            load_lora(self.roles, (Role.GENERATOR, Role.GENERATOR_EMA), student, self.lora, strength=strength)
         if fake:
             load_lora(self.roles, (Role.FAKE,), fake, self.lora)
         self.embed = Embedder(self.backbone)
@@ -116,24 +154,6 @@ class Run:
         self.iteration = 0
         self.seconds = 0.0
         self.scored = 0
-
-    def _cast(self, teacher: PipelineBackbone | None) -> Roles:
-        torch.manual_seed(self.config.seed)  # peft initialises adapters from the global generator
-        own = OWN_ROLES[self.config.algorithm]
-        if self.config.model.roles == "full":
-            return full_roles(self.backbone, own, teacher=teacher)
-        full = PHI if self.config.algorithm == "tdm_r1" and self.config.surrogate.weights == "full" else ()
-        weight = self.config.surrogate.carried if self.config.algorithm == "tdm_r1" else 0.0
-        phi = Carried(Role.SURROGATE_EMA, weight)
-        return lora_roles(
-            self.backbone,
-            self.lora,
-            own,
-            teacher=teacher,
-            full=full,
-            merge=self.config.model.merge,
-            carried=dict.fromkeys((Role.GENERATOR, Role.GENERATOR_EMA, Role.FAKE), phi) if weight else None,
-        )
 
     def _algorithm(self) -> TDM | TDMR1:
         c, empty = self.config, self.embed([""])
@@ -205,11 +225,15 @@ class Run:
 
     # -------------------------------------------------------------------------------------- the loop
 
-    def fit(self, *, resume: bool = False) -> Evaluation | None:
-        """Trains to the end, or to Ctrl-C, which finishes the iteration and saves. Returns the last evaluation."""
+    def fit(self, *, resume: bool = False, start: Evaluation | None = None) -> Evaluation | None:
+        """Trains to the end, or to Ctrl-C, which finishes the iteration and saves. Returns the last evaluation.
+
+        Args:
+            start: the evaluation of the start, where it has been made already.
+        """
         self.open(resume=resume)
         evaluator = self.evaluator()
-        last = None if self.iteration else self._evaluate(evaluator)
+        last = None if self.iteration else self._report(start or evaluator(self.few_step()))
         with self._progress() as (progress, bar), _interrupts() as interrupted, self._nothing_lost():
             while self.iteration < self.config.iterations and not interrupted():
                 start = time.perf_counter()
@@ -222,7 +246,7 @@ class Run:
                 done = self.iteration == self.config.iterations
                 every = self.config.evaluation.every
                 if done or (every and self.iteration % every == 0):
-                    last = self._evaluate(evaluator)
+                    last = self._report(evaluator(self.few_step()))
                 if done or self.iteration % self.config.save_every == 0:
                     self.save()
         self.save()
@@ -282,8 +306,8 @@ class Run:
         s = self.config.sampler
         return Sampling(role, s.steps, s.shift, s.solver)
 
-    def _evaluate(self, evaluator: Evaluator) -> Evaluation:
-        result = evaluator(self.few_step())
+    def _report(self, result: Evaluation) -> Evaluation:
+        """Logs, draws and prints an evaluation."""
         self._tell(result.scores)
         self.watch.require_any(result.scores)
         self._log({f"eval/{k}": v for k, v in result.metrics.items()})
@@ -367,6 +391,34 @@ class Run:
             return
         for role, name in ((Role.GENERATOR_EMA, "lora"), (Role.FAKE, "lora_fake")):
             self.backbone.save_lora(folder / name, *self.roles.exported(role, self.lora))
+
+
+def train(config: RunConfig, *, resume: bool = False, console: Console | None = None) -> Evaluation | None:
+    """`Run.fit`, after the distillation that makes the run's start, where the configuration names one."""
+    return Run(with_student(config, console), console=console).fit(resume=resume)
+
+
+def with_student(config: RunConfig, console: Console | None = None) -> RunConfig:
+    """The configuration with a few-step start: distils one into the run's folder first, if `distill_with` says so.
+
+    What is there already is used, an unfinished one gone on with. Raises UserError if it was interrupted again.
+    """
+    if config.distill_with is None or config.model.student_lora:
+        return config
+    settings = {"output": config.output / config.name, "name": "distill", "seed": config.seed}
+    shared = ("path", "device", "dtype", "resolution", "max_sequence_length")
+    settings |= {f"model.{name}": getattr(config.model, name) for name in shared}
+    recipe = load_recipe(config.distill_with).override(settings)
+    if recipe.algorithm != "tdm":
+        raise UserError(f"distill_with = {config.distill_with!r}: its algorithm is {recipe.algorithm}; name one of tdm")
+    folder = recipe.output / recipe.name
+    if not (folder / "lora").exists():
+        run = Run(recipe, console=console)
+        run.fit(resume=bool(run.checkpoints()))
+        if run.iteration < recipe.iterations:
+            shutil.rmtree(folder / "lora")  # of half a distillation
+            raise UserError("the distillation was interrupted; the same command goes on with it")
+    return config.override({"model.student_lora": str(folder / "lora"), "model.fake_lora": str(folder / "lora_fake")})
 
 
 @contextmanager

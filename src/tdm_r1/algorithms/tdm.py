@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .. import flow, losses, solvers
 from ..backbones import Conditioning, guided
+from ..errors import UserError
 from ..roles import Role, Roles
 
 
@@ -46,6 +47,10 @@ class OptimizerConfig(BaseModel):
     warmup_steps: int = Field(10, ge=1, description="Linear warm-up. Ours.")
     decay_share: float = Field(
         0.0, ge=0, le=1, description="Last share of the run in which the rate falls linearly to zero. Ours."
+    )
+    eight_bit: bool = Field(
+        False,
+        description="AdamW's averages in 8 bits (bitsandbytes): for roles with full weights, not worth it for LoRA.",
     )
 
 
@@ -290,9 +295,8 @@ class Optimizer:
         self.total = total
         self.steps = 0
         self.skipped = 0  # updates in a row whose gradient was not finite
-        self.adamw = torch.optim.AdamW(
-            parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
-        )
+        kind = _eight_bit_adamw() if config.eight_bit else torch.optim.AdamW
+        self.adamw = kind(parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay)
 
     def step(self) -> float:
         norm = float(nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm))
@@ -324,3 +328,12 @@ class Optimizer:
     def load_state(self, state: dict) -> None:
         self.adamw.load_state_dict(state["adamw"])
         self.steps = state["steps"]
+
+
+def _eight_bit_adamw() -> type[torch.optim.Optimizer]:
+    """bitsandbytes' AdamW. Raises UserError where it is not installed."""
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise UserError("eight_bit = True needs bitsandbytes: pip install 'tdm-r1[eight-bit]'") from error
+    return AdamW8bit

@@ -1,9 +1,10 @@
 """Backbones: text-to-image flow models behind one protocol, ``velocity(x_t, t, conditioning)``."""
 
-from .pipelines import PipelineBackbone, SD3Backbone, ZImageBackbone, load_backbone
+from .pipelines import BACKBONES, PipelineBackbone, SD3Backbone, ZImageBackbone, load_backbone
 from .protocol import Backbone, Conditioning, Velocity, guided
 
 __all__ = [
+    "BACKBONES",
     "Backbone",
     "Conditioning",
     "PipelineBackbone",

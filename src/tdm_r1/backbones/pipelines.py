@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline, ZImagePipeline
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from peft import LoraConfig
 from torch import Tensor, nn
 
@@ -28,12 +29,21 @@ class PipelineBackbone(ABC):
         max_sequence_length: tokens that a prompt is cut to.
         resolution: side of the pictures in px; the model's own if None. Raises ValueError if it does not divide.
         decode_batch: latents that are decoded at once.
+        offload_from: the device that text encoders and autoencoder come to for their work alone; they live on the CPU.
+            None leaves them where they are.
     """
 
     def __init__(
-        self, pipeline: Any, *, max_sequence_length: int, resolution: int | None = None, decode_batch: int = 32
+        self,
+        pipeline: Any,
+        *,
+        max_sequence_length: int,
+        resolution: int | None = None,
+        decode_batch: int = 32,
+        offload_from: str | None = None,
     ) -> None:
         self.pipeline = pipeline
+        self.offload_from = offload_from
         self.transformer: nn.Module = pipeline.transformer
         self.max_sequence_length = max_sequence_length
         self.decode_batch = decode_batch
@@ -64,14 +74,36 @@ class PipelineBackbone(ABC):
         """Latents [B, C, H, W] to pictures, uint8 [B, H, W, 3]."""
         vae = self.pipeline.vae
         chunks = []
-        for part in latents.split(self.decode_batch):
-            z = (part / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)).to(
-                vae.dtype, memory_format=torch.channels_last
-            )
-            image = vae.decode(z, return_dict=False)[0]
-            image = (image.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
-            chunks.append((image.cpu().numpy() * 255).round().astype(np.uint8))  # as VaeImageProcessor does
+        with self._at_work(vae):
+            for part in latents.split(self.decode_batch):
+                z = (part / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)).to(
+                    vae.dtype, memory_format=torch.channels_last
+                )
+                image = vae.decode(z, return_dict=False)[0]
+                image = (image.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+                chunks.append((image.cpu().numpy() * 255).round().astype(np.uint8))  # as VaeImageProcessor does
         return np.concatenate(chunks)
+
+    @contextmanager
+    def _at_work(self, *modules: nn.Module) -> Iterator[None]:
+        """Offloaded modules on the device for a while."""
+        if self.offload_from is None:
+            yield
+            return
+        for module in modules:
+            module.to(self.offload_from)
+        try:
+            yield
+        finally:
+            for module in modules:
+                module.to("cpu")
+
+    def _device(self) -> torch.device:
+        return next(self.transformer.parameters()).device
+
+    def _text_encoders(self) -> list[nn.Module]:
+        parts = self.pipeline.components.items()
+        return [m for name, m in parts if name.startswith("text_encoder") and isinstance(m, nn.Module)]
 
     def save_lora(self, folder: Path, weights: dict[str, Tensor], config: LoraConfig) -> Path:
         """Writes a LoRA that `load_lora_weights` loads at scale 1.0, with its metadata; returns the file."""
@@ -92,24 +124,28 @@ class SD3Backbone(PipelineBackbone):
 
     @torch.no_grad()  # text encoders are frozen in every role
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        with _quiet() if self.max_sequence_length == 1 else nullcontext():  # one T5 token: T5 is not read at all
+        quiet = _quiet() if self.max_sequence_length == 1 else nullcontext()  # one T5 token: T5 is not read at all
+        with quiet, self._at_work(*self._text_encoders()):
             embeds, _, pooled, _ = self.pipeline.encode_prompt(
                 prompt=list(prompts),
                 prompt_2=None,
                 prompt_3=None,
+                device=self._device(),
                 do_classifier_free_guidance=False,
                 max_sequence_length=self.max_sequence_length,
             )
         return Conditioning(embeds, pooled)
 
     def velocity_of(self, transformer: nn.Module) -> Velocity:
+        dtype = _base_dtype(transformer)
+
         def velocity(x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-            dtype = conditioning.embeds.dtype
+            assert conditioning.pooled is not None  # `encode` made it
             v = transformer(
                 hidden_states=x_t.to(dtype),
                 timestep=flow.timestep(t).to(torch.float32),
-                encoder_hidden_states=conditioning.embeds,
-                pooled_projections=conditioning.pooled,
+                encoder_hidden_states=conditioning.embeds.to(dtype),
+                pooled_projections=conditioning.pooled.to(dtype),
                 return_dict=False,
             )[0]
             return flow.widen(v)
@@ -129,18 +165,25 @@ class ZImageBackbone(PipelineBackbone):
 
     @torch.no_grad()  # the text encoder is frozen in every role
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        found, _ = self.pipeline.encode_prompt(
-            list(prompts), do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length
-        )
+        with self._at_work(*self._text_encoders()):
+            found, _ = self.pipeline.encode_prompt(
+                list(prompts),
+                device=self._device(),
+                do_classifier_free_guidance=False,
+                max_sequence_length=self.max_sequence_length,
+            )
         longest = max(map(len, found))
         embeds = torch.stack([F.pad(e, (0, 0, 0, longest - len(e))) for e in found])
         return Conditioning(embeds, lengths=torch.tensor([len(e) for e in found]))
 
     def velocity_of(self, transformer: nn.Module) -> Velocity:
+        dtype = _base_dtype(transformer)
+
         def velocity(x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
             assert conditioning.lengths is not None  # `encode` made it
-            captions = [e[:n] for e, n in zip(conditioning.embeds, conditioning.lengths.tolist(), strict=True)]
-            latents = x_t.to(conditioning.embeds.dtype).unsqueeze(2)  # one frame
+            embeds = conditioning.embeds.to(dtype)
+            captions = [e[:n] for e, n in zip(embeds, conditioning.lengths.tolist(), strict=True)]
+            latents = x_t.to(dtype).unsqueeze(2)  # one frame
             t_from_noise = (1000 - flow.timestep(t).to(torch.float32)) / 1000  # as the pipeline rounds it
             out = transformer(list(latents.unbind(0)), t_from_noise, captions, return_dict=False)[0]
             return -flow.widen(torch.stack(list(out))).squeeze(2)
@@ -155,17 +198,68 @@ BACKBONES: dict[type, type[PipelineBackbone]] = {
 
 
 def load_backbone(
-    path: str, *, max_sequence_length: int, dtype: torch.dtype, device: str, resolution: int | None = None
+    path: str,
+    *,
+    max_sequence_length: int,
+    dtype: torch.dtype,
+    device: str,
+    resolution: int | None = None,
+    decode_batch: int = 32,
+    tiling: bool = False,
+    offload: bool = False,
+    gradient_checkpointing: bool = False,
 ) -> PipelineBackbone:
-    """Loads a pipeline from a hub id or a local folder. Raises ValueError on a pipeline of another kind."""
-    with _no_loading_bars():
+    """Loads a pipeline from a hub id or a local folder.
+
+    Args:
+        tiling, offload, gradient_checkpointing: see `config.ModelConfig`.
+
+    Raises ValueError on a pipeline of another kind, and where the hub cannot or will not give it.
+    """
+    with _no_loading_bars(), _told_by_the_hub(path):
         pipeline = DiffusionPipeline.from_pretrained(path, dtype=dtype)
     if type(pipeline) not in BACKBONES:
         known = ", ".join(kind.__name__ for kind in BACKBONES)
         raise ValueError(f"model.path = {path!r} is a {type(pipeline).__name__}: supported are {known}")
     pipeline.set_progress_bar_config(disable=True)
-    backbone = BACKBONES[type(pipeline)]
-    return backbone(pipeline.to(device), max_sequence_length=max_sequence_length, resolution=resolution)
+    if tiling:
+        pipeline.vae.enable_tiling()
+    if gradient_checkpointing:
+        pipeline.transformer.enable_gradient_checkpointing()
+    (pipeline.transformer if offload else pipeline).to(device)
+    return BACKBONES[type(pipeline)](
+        pipeline,
+        max_sequence_length=max_sequence_length,
+        resolution=resolution,
+        decode_batch=decode_batch,
+        offload_from=device if offload else None,
+    )
+
+
+@contextmanager
+def _told_by_the_hub(path: str) -> Iterator[None]:
+    """Says what to do where a model cannot be had."""
+    try:
+        yield
+    except OSError as error:
+        if Path(path).exists():
+            raise
+        reasons = (error, error.__cause__)  # diffusers tries its cache first, and raises its own error from the hub's
+        if any(isinstance(reason, GatedRepoError) for reason in reasons):
+            fix = f"is behind a licence: accept it at https://huggingface.co/{path}, then log in with `hf auth login`"
+        elif any(isinstance(reason, RepositoryNotFoundError) for reason in reasons):
+            fix = "is neither a local folder nor known to the hub; is it private? Then log in with `hf auth login`"
+        else:
+            fix = (
+                "is no local folder, and the hub cannot be reached: download it where it can "
+                f"(`hf download {path}`), and give the folder"
+            )
+        raise ValueError(f"model {path!r} {fix}") from error
+
+
+def _base_dtype(transformer: nn.Module) -> torch.dtype:
+    """The precision of the transformer's own weights; adapters on it may have another."""
+    return next(p.dtype for name, p in transformer.named_parameters() if "lora_" not in name)
 
 
 @contextmanager
