@@ -9,47 +9,14 @@ import argparse
 import json
 import platform
 import time
-from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from phases import Phases
 from tdm_r1.algorithms.tdm_r1 import TDMR1
 from tdm_r1.config import load_recipe
-from tdm_r1.roles import Role, Roles
 from tdm_r1.trainer import Run
-
-
-class Meter:
-    """Seconds and network evaluations (samples through any role's transformer) spent inside named parts."""
-
-    def __init__(self, roles: Roles) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-        self.forward: dict[str, int] = defaultdict(int)
-        self.backward: dict[str, int] = defaultdict(int)
-        self.part = "other"
-        for transformer in {id(t): t for t in (roles.transformer(r) for r in Role if r in roles)}.values():
-            transformer.register_forward_pre_hook(self._count, with_kwargs=True)
-
-    def _count(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        counter = self.backward if torch.is_grad_enabled() else self.forward
-        counter[self.part] += len(kwargs["hidden_states"])
-
-    def wrap(self, owner: Any, method: str, part: str) -> None:
-        inner: Callable = getattr(owner, method)
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            outer, self.part = self.part, part
-            start = time.perf_counter()
-            try:
-                return inner(*args, **kwargs)
-            finally:
-                self.seconds[part] += time.perf_counter() - start
-                self.part = outer
-
-        setattr(owner, method, timed)
 
 
 def main() -> None:
@@ -61,17 +28,11 @@ def main() -> None:
     config = load_recipe(args.recipe)
     run = Run(config)
     run.step()  # warm-up
-    meter = Meter(run.roles)
     algorithm = run.algorithm
     if not isinstance(algorithm, TDMR1):
         parser.error(f"--recipe {args.recipe}: its algorithm is {config.algorithm}; give a recipe of tdm_r1")
-    meter.wrap(algorithm.tdm, "roll_out", "rollout")
-    meter.wrap(run.backbone, "decode", "decode")
-    meter.wrap(run.scorer, "each", "reward")
-    meter.wrap(algorithm, "measure_surrogate", "diagnostics")
-    meter.wrap(algorithm, "fit_surrogate", "surrogate")
-    meter.wrap(algorithm.tdm, "fit_fake", "fake score")
-    meter.wrap(algorithm.tdm, "fit_generator", "generator")
+    phases = Phases(algorithm, run.backbone)
+    phases.wrap(run.scorer, "each", "reward")
     start = time.perf_counter()
     for _ in range(args.iterations):
         run.step()
@@ -81,10 +42,10 @@ def main() -> None:
         name: {
             "seconds": round(seconds / args.iterations, 4),
             "share": round(seconds / args.iterations / total, 3),
-            "forward": round(meter.forward[name] / args.iterations / samples, 2),
-            "forward_with_gradient": round(meter.backward[name] / args.iterations / samples, 2),
+            "forward": round(phases.forward[name] / args.iterations / samples, 2),
+            "forward_with_gradient": round(phases.backward[name] / args.iterations / samples, 2),
         }
-        for name, seconds in meter.seconds.items()
+        for name, seconds in phases.seconds.items()
     }
     result = {
         "recipe": args.recipe,

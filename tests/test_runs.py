@@ -12,17 +12,19 @@ import numpy as np
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from PIL import Image
 
 from tdm_r1 import cli
 from tdm_r1.algorithms.tdm import few_step_sample
-from tdm_r1.config import RunConfig
+from tdm_r1.config import RunConfig, dump, load_recipe
 from tdm_r1.errors import UserError
+from tdm_r1.lora_files import lora_settings
 from tdm_r1.mini.build import MiniConfig, build
 from tdm_r1.mini.bundle import bundle_path
 from tdm_r1.mini.pretrain import PretrainConfig
-from tdm_r1.roles import Role, lora_settings
+from tdm_r1.roles import Role
 from tdm_r1.sampling import FewStepModel
-from tdm_r1.trainer import Run
+from tdm_r1.trainer import Run, train, with_student
 
 Make = Callable[..., RunConfig]
 
@@ -187,18 +189,85 @@ def test_run_folder_and_plain_diffusers_load_the_lora(tiny_config: Make):
     assert np.abs(pictures.astype(int) - ours).max() <= 2
 
 
-def test_eval_finds_what_the_run_found(tiny_config: Make, capsys, monkeypatch):
+def test_eval_finds_what_the_run_found(tiny_config: Make, tmp_path: Path, capsys, monkeypatch):
     """Of a LoRA that is wider than the recipe's adapters, since it holds what the generator carried."""
     run = Run(tiny_config(iterations=1, reward="jpeg_compressibility"))
     last = run.fit()
     assert lora_settings(run.folder / "lora").r == 2 * run.config.model.lora.rank
     monkeypatch.setenv("COLUMNS", "200")
-    arguments = ["--lora", str(run.folder / "lora"), "--prompts", "6", "--images-per-prompt", "2", "--base-steps", "0"]
-    assert cli.main(["eval", str(run.folder), *arguments]) == 0
+    arguments = [str(run.folder), "--lora", str(run.folder / "lora"), "--base-steps", "0"]
+    assert cli.main(["eval", *arguments, "--out", str(tmp_path / "eval")]) == 0
     rows = [line.replace("│", " ").split() for line in capsys.readouterr().out.splitlines()]
     shown = {row[0]: row[1] for row in rows if len(row) == 2}
-    for name in ("reward", "cleanliness", "frechet", "diversity"):
-        assert float(shown[name]) == pytest.approx(last.metrics[name], abs=2e-3, rel=1e-2), name
+    expected = last.metrics | {"jpeg_compressibility": last.metrics["reward"]}
+    for name in ("jpeg_compressibility:", "jpeg_compressibility", "cleanliness", "frechet", "diversity"):
+        if name in shown:
+            assert float(shown[name]) == pytest.approx(expected[name], abs=2e-3, rel=1e-2), name
+    assert {"cleanliness", "frechet", "diversity", "NFE"} <= set(shown)
+    assert (tmp_path / "eval" / "grid.png").exists()
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    return sorted((folder / "pictures").rglob("*.png"))
+
+
+def difference(one: Path, other: Path) -> int:
+    """The largest difference of two pictures, in levels of 255."""
+    a, b = (np.asarray(Image.open(file)).astype(int) for file in (one, other))
+    return int(np.abs(a - b).max())
+
+
+def test_eval_goes_on_and_shares_its_work(tiny_config: Make, tmp_path: Path, capsys):
+    config = tiny_config(reward="jpeg_compressibility")
+    (tmp_path / "recipe.yaml").write_text(dump(config))
+    arguments = ["eval", str(tmp_path / "recipe.yaml"), "--lora", "none", "--base-steps", "3", "--guidance", "1", "2"]
+    arguments += ["--metrics", "jpeg_incompressibility"]
+    alone, shared = ["--out", str(tmp_path / "alone")], ["--out", str(tmp_path / "shared")]
+    assert cli.main([*arguments, *alone]) == 0
+    assert cli.main([*arguments, *shared, "--shard", "2/2"]) == 0
+    assert "18 pictures of other shares are missing" in capsys.readouterr().out
+    assert not (tmp_path / "shared" / "table.md").exists()
+    assert cli.main([*arguments, *shared, "--shard", "1/2"]) == 0
+    results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("alone", "shared")]
+    for one, other in zip(*(pictures_in(tmp_path / name) for name in ("alone", "shared")), strict=True):
+        assert one.name == other.name
+        assert difference(one, other) <= 1  # a batch of another size rounds otherwise
+    assert [m["model"] for m in results[0]["models"]] == ["base, guidance 1", "base, guidance 2", "none"]
+    assert [m["network_evaluations"] for m in results[0]["models"]] == [3, 6, 4]
+    scores = results[0]["models"][2]["scores"]
+    assert scores["jpeg_incompressibility"]["mean"] == pytest.approx(-scores["jpeg_compressibility"]["mean"])
+    families = [v for k, v in scores["jpeg_compressibility"].items() if k not in ("mean", "missing", "overall")]
+    assert scores["jpeg_compressibility"]["overall"] == pytest.approx(np.mean(families))
+
+    kept = tmp_path / "alone" / "pictures" / "none"
+    before = {f.name: f.stat().st_mtime_ns for f in kept.iterdir()}
+    old = (kept / "000003.png").rename(tmp_path / "old.png")
+    assert cli.main([*arguments, *alone]) == 0
+    after = {f.name: f.stat().st_mtime_ns for f in kept.iterdir()}
+    assert {name for name in before if after[name] != before[name]} == {"000003.png"}
+    assert difference(kept / "000003.png", old) <= 1
+
+    assert cli.main([*arguments, *alone, "--prompts", "3"]) == 2
+    assert "holds pictures of other prompts" in capsys.readouterr().err
+    assert cli.main([*arguments, *alone, "--shard", "3/2"]) == 2
+    assert "--shard = '3/2': write NUMBER/OF" in capsys.readouterr().err
+
+
+def test_a_run_distils_its_start_first_and_only_once(tiny_config: Make, tmp_path: Path):
+    recipe = tiny_config(algorithm="tdm", iterations=1, surrogate={"carried": 0.0}, name="unused")
+    (tmp_path / "tdm.yaml").write_text(dump(recipe))
+    config = tiny_config(distill_with=str(tmp_path / "tdm.yaml"), name="both")
+    assert train(config) is not None
+    folder = tmp_path / "both"
+    assert (folder / "distill" / "metrics.jsonl").exists()
+    start = with_student(config)
+    assert start.model.student_lora == str(folder / "distill" / "lora")
+    assert start.model.fake_lora == str(folder / "distill" / "lora_fake")
+    written = load_recipe(str(folder))
+    assert written == start
+    assert with_student(written) == written
+    with pytest.raises(UserError, match=r"distill_with = 'mini': its algorithm is tdm_r1; name one of tdm"):
+        with_student(tiny_config(distill_with="mini", name="wrong"))
 
 
 def test_full_weights_leave_a_transformer_that_plain_diffusers_loads(tiny_config: Make):

@@ -44,18 +44,29 @@ class Sample:
 
 @dataclass
 class Eval:
-    """Evaluates LoRAs on a recipe's task: its prompts, its reward, its held-out metrics."""
+    """Compares LoRAs and the many-step base on a recipe's prompts, all from the same noise.
+
+    Goes on where it was interrupted: every picture is a file. Writes results.json, table.md and grid.png.
+    """
 
     recipe: Positional[str]
-    """A recipe's name, a YAML file or a run's folder."""
+    """A recipe's name, a YAML file or a run's folder: its task, reward and sampler."""
     lora: tuple[str, ...] = ()
-    """LoRA folders to evaluate; a mini model's name is its bundled 4-step student."""
+    """LoRAs to evaluate, by folder or hub id; a mini model's name is its bundled 4-step student, none is no LoRA."""
     base_steps: int = 20
     """Euler steps of the guided many-step base, which is evaluated first; 0 leaves it out."""
     guidance: tuple[float, ...] = (3.0,)
     """Guidance scales of the base."""
-    prompts: int = 150
-    images_per_prompt: int = 4
+    metrics: tuple[str, ...] = ()
+    """Rewards beside the recipe's own, such as aesthetic imagereward (`tdm-r1 rewards`)."""
+    prompts: int | None = None
+    """Instead of the recipe's number."""
+    images_per_prompt: int | None = None
+    """Instead of the recipe's number."""
+    out: Path | None = None
+    """The folder; evaluations/NAME if not given."""
+    shard: str = "1/1"
+    """Which share of the pictures this process makes: 1/4 to 4/4 in four of them."""
 
 
 @dataclass
@@ -209,7 +220,7 @@ def _usage() -> str:
   train RECIPE     reinforce (or distil) a few-step model; settings by dotted name: --iterations 50
   distill RECIPE   TDM distillation of a many-step model to few steps
   sample           pictures from a model and a LoRA
-  eval RECIPE      reward and held-out metrics of LoRAs and of the many-step base
+  eval RECIPE      a table of LoRAs and the many-step base: reward, other rewards, held-out metrics
   rewards          the rewards that are known by name, and which of them work here
   score            scores of a folder of pictures
   serve-reward     a reward behind HTTP, in an environment of its own
@@ -234,11 +245,15 @@ def _train(args: list[str], *, prog: str = "train") -> int:
     if prog == "distill" and command.config.algorithm != "tdm":
         raise UserError(f"algorithm = {command.config.algorithm!r}: distill wants a recipe of tdm; use `tdm-r1 train`")
     if command.dry_run:
-        print(dump(command.config), end="")
-        return 0
-    from .trainer import Run
+        from .estimate import describe, estimate
 
-    Run(command.config).fit(resume=command.resume)
+        found = estimate(command.config)
+        notes = describe(found) if found else "no estimate: the sizes of this model are not known here"
+        print(dump(command.config) + "".join(f"# {line}\n" for line in notes.splitlines()), end="")
+        return 0
+    from .trainer import train
+
+    train(command.config, resume=command.resume)
     return 0
 
 
@@ -254,7 +269,7 @@ def _sample(args: list[str]) -> int:
 
 
 def _eval(args: list[str]) -> int:
-    from .sampling import eval_command
+    from .comparison import eval_command
 
     eval_command(tyro.cli(Eval, args=args, prog="tdm-r1 eval"))
     return 0

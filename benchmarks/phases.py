@@ -1,0 +1,66 @@
+"""Seconds, memory and network evaluations of the parts of an iteration, for the benchmarks beside this file."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from tdm_r1.algorithms.tdm_r1 import TDMR1
+from tdm_r1.backbones import PipelineBackbone
+from tdm_r1.roles import Role
+
+
+class Phases:
+    """Wraps the parts of an algorithm and counts what happens inside each, from now on.
+
+    Attributes:
+        seconds: by part; a GPU is waited for.
+        forward, backward: samples through any role's transformer, without and with gradient.
+        peak: bytes of GPU memory at the worst moment, empty without a GPU.
+    """
+
+    def __init__(self, algorithm: TDMR1, backbone: PipelineBackbone) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.forward: dict[str, int] = defaultdict(int)
+        self.backward: dict[str, int] = defaultdict(int)
+        self.peak: dict[str, int] = defaultdict(int)
+        self.part = "other"
+        roles = algorithm.roles
+        for transformer in {id(t): t for t in (roles.transformer(r) for r in Role if r in roles)}.values():
+            transformer.register_forward_pre_hook(self._count, with_kwargs=True)
+        self.wrap(algorithm.tdm, "roll_out", "rollout")
+        self.wrap(backbone, "decode", "decode")
+        self.wrap(algorithm, "measure_surrogate", "diagnostics")
+        self.wrap(algorithm, "fit_surrogate", "surrogate")
+        self.wrap(algorithm.tdm, "fit_fake", "fake score")
+        self.wrap(algorithm.tdm, "fit_generator", "generator")
+
+    def _count(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        counter = self.backward if torch.is_grad_enabled() else self.forward
+        samples = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]  # Z-Image takes a list
+        counter[self.part] += len(samples)
+
+    def wrap(self, owner: Any, method: str, part: str) -> None:
+        """Counts what ``owner.method`` does as ``part``."""
+        inner: Callable = getattr(owner, method)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            outer, self.part = self.part, part
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+            start = time.perf_counter()
+            try:
+                return inner(*args, **kwargs)
+            finally:
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                    self.peak[part] = max(self.peak[part], torch.cuda.max_memory_allocated())
+                self.seconds[part] += time.perf_counter() - start
+                self.part = outer
+
+        setattr(owner, method, timed)

@@ -1,0 +1,287 @@
+"""`tdm-r1 eval`: several models on the same prompts and noise, with a table as the paper's and a picture grid.
+
+Every picture is a PNG of its own, so an interrupted evaluation goes on where it stopped, and processes can share it; so
+does every metric of every model.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from . import pictures
+from .checkpoint import write_text
+from .config import RunConfig, dump, load_recipe
+from .errors import UserError
+from .evaluation import Embedder, Sampling, generate, mean_of
+from .lora_files import load_lora, lora_settings
+from .mini import bundle
+from .randomness import torch_rng
+from .rewards import Scorer
+from .rewards.scores import joined
+from .roles import Role, lora_roles
+from .trainer import adapter_settings, load_backbones, load_task
+
+if TYPE_CHECKING:
+    from .cli import Eval
+
+GRID_PROMPTS = 12
+HELD_OUT = "held_out"  # the task's own metrics, among the rewards
+TOTALS = ("mean", "overall")  # of a reward's numbers
+
+
+@dataclass(frozen=True)
+class Model:
+    """One row of the table: how it is sampled, and the LoRA on the student, if it has one."""
+
+    name: str
+    sampling: Sampling
+    lora: Path | None = None
+
+    @property
+    def folder(self) -> str:
+        return re.sub(r"[^A-Za-z0-9]+", "_", self.name).strip("_")
+
+
+class Comparison:
+    """Pictures and scores of several models in one folder.
+
+    Args:
+        config: a run's; its task, reward, sampler and evaluation are used.
+        models: rows of the table. Raises UserError if two of them would share a folder.
+        metrics: rewards beside the run's own, by name.
+        folder: where pictures, scores and the table go; what is there already is kept. Raises UserError if it holds
+            the pictures of another evaluation.
+        shard: (this one, of how many).
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        models: Sequence[Model],
+        metrics: Sequence[str],
+        folder: Path,
+        *,
+        shard: tuple[int, int] = (0, 1),
+        console: Console | None = None,
+    ) -> None:
+        self.config, self.models, self.folder, self.shard = config, list(models), folder, shard
+        self.metrics = list(dict.fromkeys([config.reward, *metrics]))
+        self.console = console or Console()
+        folders = [m.folder for m in models]
+        if twice := {f for f in folders if folders.count(f) > 1}:
+            raise UserError(f"two models would share the folder {min(twice)!r}: name their LoRA folders differently")
+        self.task = load_task(config.task)
+        e = config.evaluation
+        self.prompts = [p for p in self.task.eval_prompts(e.prompts) for _ in range(e.images_per_prompt)]
+        self._same_evaluation()
+
+    def _same_evaluation(self) -> None:
+        settings = {"prompts": [p.text for p in self.prompts], "seed": self.config.evaluation.seed}
+        settings |= {"model": self.config.model.path, "resolution": self.config.model.resolution}
+        file, text = self.folder / "settings.json", json.dumps(settings, indent=1)
+        if file.exists() and file.read_text() != text:
+            raise UserError(
+                f"--out = {str(self.folder)!r} holds pictures of other prompts, noise or model: name another"
+            )
+        write_text(file, text)
+        write_text(self.folder / "config.yaml", dump(self.config))
+
+    # -------------------------------------------------------------------------------------- pictures
+
+    def file(self, model: Model, index: int) -> Path:
+        """The picture of prompt ``index``."""
+        return self.folder / "pictures" / model.folder / f"{index:06d}.png"
+
+    def missing(self, model: Model, shard: tuple[int, int] = (0, 1)) -> list[int]:
+        """Indices of the pictures that are not there, of a share of them."""
+        return [i for i in range(shard[0], len(self.prompts), shard[1]) if not self.file(model, i).exists()]
+
+    def sample(self) -> None:
+        """Makes this shard's pictures that are not there yet."""
+        wanted = [m for m in self.models if self.missing(m, self.shard)]
+        if not wanted:
+            return
+        student, teacher = load_backbones(self.config)
+        loras = [lora_settings(m.lora) for m in wanted if m.lora]
+        own = adapter_settings(self.config.model)
+        own.r = max([own.r, *(s.r for s in loras)])  # a run's LoRA is wider where it holds what was carried
+        roles = lora_roles(student, own, (Role.GENERATOR,), teacher=teacher)
+        start, embed = roles.state(Role.GENERATOR), Embedder(student)
+        noise = torch_rng(self.config.evaluation.seed, 0, "evaluation noise")
+        x_1 = torch.randn((len(self.prompts), *student.latent_shape), generator=noise)
+        for model in wanted:
+            roles.load(Role.GENERATOR, start)
+            if model.lora:
+                load_lora(roles, (Role.GENERATOR,), model.lora, own)
+            for rows in self._batches(model):
+                texts = [self.prompts[i].text for i in rows]
+                images = generate(student, roles, model.sampling, embed, texts, x_1[rows], batch=len(rows))
+                for i, image in zip(rows, images, strict=True):
+                    pictures.save_png(Image.fromarray(image), self.file(model, i))
+
+    def _batches(self, model: Model) -> Iterator[list[int]]:
+        rows, size = self.missing(model, self.shard), self.config.batch.micro_batch
+        parts = [rows[start : start + size] for start in range(0, len(rows), size)]
+        yield from track(parts, f"sampling {model.name}", console=self.console, transient=True)
+
+    def images(self, model: Model) -> np.ndarray:
+        """All pictures of a model, uint8 [B, H, W, 3]."""
+        return np.stack([np.asarray(Image.open(self.file(model, i)).convert("RGB")) for i in range(len(self.prompts))])
+
+    # -------------------------------------------------------------------------------------- scores
+
+    def score(self) -> dict[str, dict[str, dict[str, float]]]:
+        """model -> metric -> its numbers; what was scored before is read back. Every picture has to be there."""
+        return {m.name: {metric: self._score(m, metric) for metric in (*self.metrics, HELD_OUT)} for m in self.models}
+
+    def _score(self, model: Model, metric: str) -> dict[str, float]:
+        name = re.sub(r"[^A-Za-z0-9.]+", "_", metric)
+        file = self.folder / "scores" / model.folder / f"{name}.json"
+        if not file.exists():
+            found = self._held_out(model) if metric == HELD_OUT else self._reward(model, metric)
+            write_text(file, json.dumps(found, indent=1))
+        return json.loads(file.read_text())
+
+    def _held_out(self, model: Model) -> dict[str, float]:
+        found = self.task.metrics(self.images(model), self.prompts, self.config.evaluation.images_per_prompt)
+        return {name: value for name, value in found.items() if not np.isnan(value)}
+
+    def _reward(self, model: Model, metric: str) -> dict[str, float]:
+        """Mean, missing scores, and the mean of each family of prompts (GenEval's tags) with their mean."""
+        scorer = self._scorers[metric]
+        starts = range(0, len(self.prompts), self.config.batch.micro_batch)
+        chunks = []
+        for start in track(starts, f"{metric} of {model.name}", console=self.console, transient=True):
+            rows = range(start, min(start + self.config.batch.micro_batch, len(self.prompts)))
+            images = np.stack([np.asarray(Image.open(self.file(model, i)).convert("RGB")) for i in rows])
+            chunks.append(scorer(images, [self.prompts[i] for i in rows]))
+        scores = joined(chunks)
+        for why in dict.fromkeys(scores.failures):
+            self.console.print(f"{metric}: {why}", style="yellow", markup=False)
+        found = {"mean": mean_of(scores.values), "missing": float(np.isnan(scores.values).sum())}
+        tags = np.array([str(p.metadata.get("tag", "")) for p in self.prompts])
+        by_tag = {tag: mean_of(scores.values[tags == tag]) for tag in dict.fromkeys(tags.tolist()) if tag}
+        if by_tag:
+            found["overall"] = mean_of(np.array(list(by_tag.values())))
+        return found | by_tag
+
+    @cached_property
+    def _scorers(self) -> dict[str, Scorer]:
+        return {metric: Scorer(metric, self.config.scoring) for metric in self.metrics}
+
+    # -------------------------------------------------------------------------------------- telling
+
+    def write(self) -> Path:
+        """Scores everything and writes results.json, table.md and grid.png; returns the table's path."""
+        try:
+            scores = self.score()
+        finally:
+            for scorer in self.__dict__.get("_scorers", {}).values():
+                scorer.close()
+        rows = [{"model": m.name, "network_evaluations": m.sampling.network_evaluations} for m in self.models]
+        result = {
+            "prompts": len(self.prompts) // self.config.evaluation.images_per_prompt,
+            "images_per_prompt": self.config.evaluation.images_per_prompt,
+            "models": [row | {"scores": scores[str(row["model"])]} for row in rows],
+        }
+        write_text(self.folder / "results.json", json.dumps(result, indent=1))
+        write_text(self.folder / "table.md", markdown(result))
+        pictures.save_png(self._grid(), self.folder / "grid.png")
+        return self.folder / "table.md"
+
+    def _grid(self) -> Image.Image:
+        step = self.config.evaluation.images_per_prompt
+        n = len(self.prompts) // step
+        rows = [step * i for i in np.linspace(0, n, min(n, GRID_PROMPTS), endpoint=False).astype(int)]
+        shown = [
+            (m.name, np.stack([np.asarray(Image.open(self.file(m, i)).convert("RGB")) for i in rows]))
+            for m in self.models
+        ]
+        return pictures.grid(shown, [self.prompts[i].text for i in rows])
+
+
+def columns_of(result: dict) -> dict[tuple[str, str], str]:
+    """(metric, number) -> title: the trained reward first, by family where prompts have one, then the others."""
+    return {
+        (metric, number): number if metric == HELD_OUT else metric if number in TOTALS else f"{metric}: {number}"
+        for metric, numbers in result["models"][0]["scores"].items()
+        for number in numbers
+        if number != "missing" and not (number == "mean" and "overall" in numbers)
+    }
+
+
+def markdown(result: dict) -> str:
+    """Models down, metrics across, as in the paper's tables."""
+    columns = columns_of(result)
+    lines = [
+        f"{result['prompts']} prompts, {result['images_per_prompt']} pictures each, the same noise for every model. "
+        "Missing scores are left out and counted in results.json.",
+        "",
+        "| model | NFE | " + " | ".join(columns.values()) + " |",
+        "|---|---|" + "---|" * len(columns),
+    ]
+    for m in result["models"]:
+        cells = [f"{m['scores'][metric].get(number, float('nan')):.3f}" for metric, number in columns]
+        lines.append(f"| {m['model']} | {m['network_evaluations']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def eval_command(command: Eval) -> None:
+    """`tdm-r1 eval`."""
+    console = Console()
+    config = load_recipe(command.recipe)
+    asked = {"evaluation.prompts": command.prompts, "evaluation.images_per_prompt": command.images_per_prompt}
+    config = config.override({name: value for name, value in asked.items() if value is not None})
+    models = models_of(config, command.lora, command.base_steps, command.guidance)
+    if not models:
+        raise UserError("nothing to evaluate: give --lora, or --base-steps above 0")
+    out = command.out or Path("evaluations") / config.name
+    comparison = Comparison(config, models, command.metrics, out, shard=parse_shard(command.shard), console=console)
+    comparison.sample()
+    if waiting := sum(len(comparison.missing(m)) for m in models):
+        console.print(
+            f"This share is done. {waiting} pictures of other shares are missing; the last one writes the table."
+        )
+        return
+    path = comparison.write()
+    console.print(_shown(json.loads((out / "results.json").read_text())))
+    console.print(f"Wrote {path}, results.json and grid.png beside it")
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """``2/4`` as (1, 4). Raises UserError on anything else."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise UserError(f"--shard = {text!r}: write NUMBER/OF, such as 1/4")
+    return int(match[1]) - 1, int(match[2])
+
+
+def _shown(result: dict) -> Table:
+    """The table for a terminal: metrics down, since they are many."""
+    table = Table("metric", *(m["model"] for m in result["models"]))
+    table.add_row("NFE", *(str(m["network_evaluations"]) for m in result["models"]))
+    for (metric, number), title in columns_of(result).items():
+        table.add_row(title, *(f"{m['scores'][metric].get(number, float('nan')):.3f}" for m in result["models"]))
+    return table
+
+
+def models_of(config: RunConfig, loras: Sequence[str], base_steps: int, guidance: Sequence[float]) -> list[Model]:
+    """The many-step base at each guidance, then each LoRA; "none" is the student as it is (a Turbo model)."""
+    s = config.sampler
+    few = Sampling(Role.GENERATOR, s.steps, s.shift, s.solver)
+    base = [Model(f"base, guidance {g:g}", Sampling(Role.TEACHER, base_steps, s.shift, guidance=g)) for g in guidance]
+    students = [Model(name, few, None if name == "none" else bundle.student_path(name)) for name in loras]
+    return [*(base if base_steps else []), *students]

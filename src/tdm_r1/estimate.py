@@ -1,0 +1,316 @@
+"""What a run will need: GPU memory and arithmetic of one iteration, found without weights, hub or GPU.
+
+The run's own roles are built on PyTorch's "meta" device, where tensors have shapes and no contents, and each part of an
+iteration is played through once: what is alive at the worst moment is the working memory, what is multiplied is the
+arithmetic. Attention is counted as a fused kernel, which keeps no matrix of weights.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from .architectures import architecture_of, random_pipeline, text_encoder_parameters
+from .backbones import BACKBONES, Conditioning, PipelineBackbone, guided
+from .config import RunConfig
+from .roles import TRAINED, Role, Roles
+from .trainer import OWN_ROLES, cast_roles
+
+CLIP_TOKENS = 77  # SD3's pipeline pads to them; T5's are model.max_sequence_length
+PROMPT_TOKENS = 64  # of a prompt, where the model does not pad to a fixed length
+GPU_FLOPS = 989e12  # an H100's or H200's dense bfloat16 peak, by its data sheet
+UTILISATION = 0.35  # of that peak; assumed
+ADAM_BYTES = {False: 8, True: 2}  # two averages a trained parameter, in float32 or in 8 bits
+GRADIENT_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """``held``: bytes that stay; ``working``: bytes at the worst moment of each part, one part at a time; ``flops``:
+    of each part of an iteration. By name."""
+
+    held: dict[str, float]
+    working: dict[str, float]
+    flops: dict[str, float]
+
+    @property
+    def peak(self) -> float:
+        """Bytes at the worst moment, what a GPU's allocator wastes not counted."""
+        return sum(self.held.values()) + max(self.working.values())
+
+    def seconds(self, gpus: int = 1) -> float:
+        """An iteration on GPUs that share its samples evenly, without rewards and communication."""
+        return sum(self.flops.values()) / (gpus * GPU_FLOPS * UTILISATION)
+
+
+def network_evaluations(config: RunConfig) -> dict[str, tuple[int, int]]:
+    """Samples that each part of an iteration sends through a network, without and with gradient."""
+    c = config
+    everything = c.batch.prompts * c.batch.group
+    if c.algorithm == "tdm":
+        trained, reward = everything, 0
+    else:
+        trained, reward = c.batch.prompts * (c.batch.trained or c.batch.group), 2
+    teacher = 1 if c.tdm.teacher_guidance == 1 else 2
+    found = {
+        "rollout": (c.sampler.steps * everything, 0),
+        "fake score": (0, c.tdm.fake_steps * trained),
+        "generator": ((teacher + 1 + reward) * trained, trained),
+    }
+    if c.algorithm == "tdm_r1":
+        anchored = c.surrogate.loss == "anchored"
+        baseline = int(anchored and c.surrogate.baseline == "fake")
+        frozen = 1 + baseline if anchored else 3  # the preference loss passes twice
+        found["surrogate"] = (c.surrogate.draws * frozen * trained, c.surrogate.draws * trained)
+        measured = min(c.surrogate.measured_groups, c.batch.prompts) * c.batch.group
+        found["diagnostics"] = ((1 + baseline + 1 + reward) * measured, 0)
+    return found
+
+
+def estimate(config: RunConfig, **sizes: Any) -> Estimate | None:
+    """The estimate for a run, or None where the model's sizes are not known here (`architectures.yaml`).
+
+    Args:
+        sizes: of the transformer, in place of its own; for tests.
+    """
+    name = architecture_of(config.model.path)
+    if name is None:
+        return None
+    dtype = getattr(torch, config.model.dtype)
+    backbone = random_backbone(name, config, **sizes)
+    teacher = random_backbone(name, config, **sizes) if config.model.teacher else None
+    with torch.device("meta"):
+        roles = cast_roles(config, backbone, teacher)
+    works = _Works(config, backbone, roles)
+    working, flops = {}, {}
+    without, once = play(works.sample)
+    for part, (frozen, trained) in network_evaluations(config).items():
+        working[part], flops[part] = without, once * frozen / works.samples
+        if trained:
+            alive, arithmetic = works.training(part)
+            working[part] = max(without, alive)
+            flops[part] += arithmetic * trained / works.samples
+    working["decode"], arithmetic = play(works.decode)
+    flops["decode"] = arithmetic * config.batch.prompts * config.batch.group / works.decoded
+    held = _held(config, backbone, teacher, roles)
+    encoders = text_encoder_parameters(name) * dtype.itemsize
+    (working if config.model.offload else held)["text encoders"] = encoders
+    return Estimate(held, working, flops)
+
+
+def describe(found: Estimate) -> str:
+    """The estimate for people."""
+    gib = 2**30
+    worst = max(found.working, key=found.working.__getitem__)
+    lines = [f"memory of one GPU, about {found.peak / gib:.1f} GiB (allocator's waste not counted):"]
+    lines += [f"  {name:<34}{size / gib:8.2f} GiB" for name, size in found.held.items()]
+    lines += [f"  {'at work, worst in: ' + worst:<34}{found.working[worst] / gib:8.2f} GiB"]
+    petaflops = sum(found.flops.values()) / 1e15
+    shares = ", ".join(f"{part} {100 * f / 1e15 / petaflops:.0f} %" for part, f in found.flops.items())
+    lines += [
+        f"one iteration: {petaflops:.1f} PFLOP ({shares});",
+        f"  at {100 * UTILISATION:.0f} % of an H100's peak (assumed) {found.seconds():.0f} s on 1 GPU, "
+        f"{found.seconds(8):.0f} s on 8 that share its samples; rewards not counted",
+    ]
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------ what stays
+
+
+def _held(config: RunConfig, backbone: PipelineBackbone, teacher: PipelineBackbone | None, roles: Roles) -> dict:
+    own = OWN_ROLES[config.algorithm]
+    hosts = [b.transformer for b in (backbone, teacher) if b is not None]
+    owned = {role: roles.parameters(role) for role in own}
+    adapters = {id(p) for parameters in owned.values() for p in parameters}
+    frozen = sum(_bytes(p) for h in hosts for p in [*h.parameters(), *h.buffers()] if id(p) not in adapters)
+    trained = {role: sum(p.numel() for p in owned[role]) for role in own if role in TRAINED}
+    settings = {
+        Role.GENERATOR: config.tdm.generator,
+        Role.FAKE: config.tdm.fake,
+        Role.SURROGATE: config.surrogate.optimizer,
+    }
+    return {
+        "frozen transformer" + ("s" if teacher else ""): frozen,
+        f"weights of {len(own)} roles": sum(_bytes(p) for ps in owned.values() for p in ps),
+        "optimizers": sum(ADAM_BYTES[settings[role].eight_bit] * n for role, n in trained.items()),
+        "gradients, of one role at a time": GRADIENT_BYTES * max(trained.values()),
+        "merged copies": roles.copied_bytes(),
+        "autoencoder": 0 if config.model.offload else sum(_bytes(p) for p in backbone.pipeline.vae.parameters()),
+    }
+
+
+def _bytes(t: Tensor) -> int:
+    return t.numel() * t.element_size()
+
+
+# ------------------------------------------------------------------------------------------ what works
+
+
+def random_backbone(name: str, config: RunConfig, *, device: str = "meta", **sizes: Any) -> PipelineBackbone:
+    """The backbone that ``config`` asks for, of an architecture's sizes or those given, with random weights."""
+    m = config.model
+    pipeline = random_pipeline(name, device=device, dtype=getattr(torch, m.dtype), **sizes)
+    backbone = BACKBONES[type(pipeline)](
+        pipeline, max_sequence_length=m.max_sequence_length, resolution=m.resolution, decode_batch=m.decode_batch
+    )
+    if m.gradient_checkpointing:
+        pipeline.transformer.enable_gradient_checkpointing()
+    return backbone
+
+
+class _Works:
+    """The parts of an iteration on one micro-batch of shapes."""
+
+    def __init__(self, config: RunConfig, backbone: PipelineBackbone, roles: Roles) -> None:
+        self.config, self.backbone, self.roles = config, backbone, roles
+        self.samples = min(config.batch.micro_batch, config.batch.prompts * config.batch.group)
+        self.decoded = min(config.model.decode_batch, self.samples)
+        self.conditioning = random_conditioning(backbone, self.samples, device="meta")
+        self.x_t = torch.empty((self.samples, *backbone.latent_shape), device="meta")
+        self.t = torch.empty(self.samples, device="meta")
+        self._adapter: tuple[float, float] | None = None
+
+    def training(self, part: str) -> tuple[float, float]:
+        """`play` of a part's forward and backward."""
+        if part == "generator":
+            return play(self._train_generator)[0], self._training_adapter()[1]  # its teacher is counted elsewhere
+        own = part == "surrogate" and self.config.surrogate.weights == "full"
+        return play(lambda: self._train(Role.SURROGATE)) if own else self._training_adapter()
+
+    def _training_adapter(self) -> tuple[float, float]:
+        """That of the fake score; generator and surrogate cost the same where they are adapters too."""
+        self._adapter = self._adapter or play(lambda: self._train(Role.FAKE))
+        return self._adapter
+
+    @torch.no_grad()
+    def sample(self) -> None:
+        with self.roles.use(Role.GENERATOR) as velocity:
+            velocity(self.x_t, self.t, self.conditioning)
+
+    def _train(self, role: Role) -> None:
+        with self.roles.use(role) as velocity:
+            velocity(self.x_t, self.t, self.conditioning).square().sum().backward()
+        self._drop_gradients(role)
+
+    def _train_generator(self) -> None:
+        """The teacher, with its guidance, looks at the sample while the generator's activations wait."""
+        with self.roles.use(Role.GENERATOR) as velocity:
+            v = velocity(self.x_t, self.t, self.conditioning)
+            with torch.no_grad(), self.roles.use(Role.TEACHER) as teacher:
+                empty = self.conditioning.rows(torch.zeros(1, dtype=torch.int64))
+                guided(teacher, empty, self.config.tdm.teacher_guidance)(self.x_t, self.t, self.conditioning)
+            v.square().sum().backward()
+        self._drop_gradients(Role.GENERATOR)
+
+    def _drop_gradients(self, role: Role) -> None:
+        for p in self.roles.parameters(role):
+            p.grad = None
+
+    @torch.no_grad()
+    def decode(self) -> None:
+        vae = self.backbone.pipeline.vae
+        z = torch.empty((self.decoded, *self.backbone.latent_shape), device="meta", dtype=vae.dtype)
+        vae.decode(z, return_dict=False)[0].float()
+
+
+def random_conditioning(backbone: PipelineBackbone, samples: int, *, device: str) -> Conditioning:
+    """Normal numbers in the shapes of ``samples`` prompts."""
+    sizes, dtype = backbone.pipeline.transformer.config, backbone.pipeline.transformer.dtype
+    if "joint_attention_dim" in sizes:
+        tokens = CLIP_TOKENS + backbone.max_sequence_length
+        embeds = torch.randn(samples, tokens, sizes.joint_attention_dim, device=device, dtype=dtype)
+        return Conditioning(embeds, torch.randn(samples, sizes.pooled_projection_dim, device=device, dtype=dtype))
+    tokens = min(PROMPT_TOKENS, backbone.max_sequence_length)
+    embeds = torch.randn(samples, tokens, sizes.cap_feat_dim, device=device, dtype=dtype)
+    return Conditioning(embeds, lengths=torch.full((samples,), tokens))
+
+
+# ------------------------------------------------------------------------------------------ counting
+
+
+def play(work: Callable[[], None]) -> tuple[float, float]:
+    """Bytes alive at the worst moment of ``work``, beyond what was alive before, and its floating point operations."""
+    with Meter() as meter, FusedAttention() as attention:
+        work()
+    return meter.peak, meter.flops + attention.flops
+
+
+class Meter(TorchDispatchMode):
+    """Counts the bytes of storages that are made inside, while they live, and multiplications as PyTorch's own counter
+    does; that one, with its hooks on modules, keeps tensors alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive, self.peak, self.flops = 0, 0, 0.0
+        self._seen: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        known = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        out = func(*args, **kwargs)
+        for t in tree_leaves(out):
+            if isinstance(t, Tensor):
+                storage = t.untyped_storage()
+                if id(storage) not in known and storage not in self._seen:
+                    self._count(storage)
+        if func.overloadpacket in flop_registry:
+            self.flops += flop_registry[func.overloadpacket](*args, **kwargs, out_val=out)
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        size = storage.nbytes()
+        self._seen.add(storage)
+        self.alive += size
+        self.peak = max(self.peak, self.alive)
+        weakref.finalize(storage, self._free, size)
+
+    def _free(self, size: int) -> None:
+        self.alive -= size
+
+
+class FusedAttention:
+    """Attention as the fused kernels have it: q, k, v and the output are kept for the backward, and nothing else.
+
+    It stands in for PyTorch's function itself, since a function mode is off inside a backward, where checkpointing
+    computes the forward again.
+    """
+
+    def __init__(self) -> None:
+        self.flops = 0.0
+
+    def __enter__(self) -> FusedAttention:
+        self._original = F.scaled_dot_product_attention
+        F.scaled_dot_product_attention = self._attend
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        F.scaled_dot_product_attention = self._original
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **named: Any) -> Tensor:
+        return _Fused.apply(query, key, value, self)
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, counter: FusedAttention) -> Tensor:
+        out = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, out)
+        ctx.counter, ctx.flops = counter, 4.0 * q.shape[:-1].numel() * k.shape[-2] * q.shape[-1]
+        counter.flops += ctx.flops
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple:
+        q, k, v, _ = ctx.saved_tensors
+        ctx.counter.flops += 2.5 * ctx.flops  # the kernels compute the weights again
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None

@@ -1,0 +1,124 @@
+"""What a run is said to need, against what it is seen to use."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpu_iteration import TINY
+from phases import Phases
+from tdm_r1 import cli
+from tdm_r1.algorithms.tdm_r1 import TDMR1
+from tdm_r1.architectures import architecture_of, architectures, random_pipeline, text_encoder_parameters
+from tdm_r1.config import RunConfig, load_recipe
+from tdm_r1.estimate import Meter, estimate, network_evaluations, random_backbone, random_conditioning
+from tdm_r1.roles import Role
+from tdm_r1.trainer import Run, cast_roles
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize(
+    ("name", "transformer", "text_encoders"),
+    [  # billions, as the models' cards have them; SD3.5-M's "2.5 B" counts its fixed positions, 0.226 B
+        ("sd35_medium", 2.47 - 0.226, 0.124 + 0.695 + 4.762),
+        ("sd35_large", 8.06, 0.124 + 0.695 + 4.762),
+        ("z_image", 6.15, 4.02),
+    ],
+)
+def test_architectures_have_the_published_sizes(name: str, transformer: float, text_encoders: float):
+    pipeline = random_pipeline(name, device="meta", dtype=torch.bfloat16)
+    found = sum(p.numel() for p in pipeline.transformer.parameters()) / 1e9
+    assert found == pytest.approx(transformer, rel=0.005)
+    assert text_encoder_parameters(name) / 1e9 == pytest.approx(text_encoders, rel=0.005)
+    assert sum(p.numel() for p in pipeline.vae.parameters()) / 1e6 == pytest.approx(83.8, rel=0.001)
+
+
+def test_recipes_of_real_models_name_known_architectures():
+    for name in ("sd35m_geneval", "sd35m_ocr", "sd35m_imagereward", "sd35m_hps", "sd35m_tdm"):
+        assert architecture_of(load_recipe(name).model.path) == "sd35_medium"
+    for name in ("zimage_geneval", "zimage_hpsv3"):
+        model = load_recipe(name).model
+        assert architecture_of(model.path) == architecture_of(model.teacher or "") == "z_image"
+    assert architecture_of("mini") is None
+
+
+@pytest.mark.parametrize(
+    "surrogate",
+    [
+        {"loss": "anchored", "baseline": "fake", "reference": "static", "measured_groups": 2},
+        {"loss": "preference", "reference": "dynamic", "measured_groups": 1, "carried": 0.0, "ema_decay": 0.9},
+    ],
+)
+def test_network_evaluations_are_those_of_a_real_iteration(tiny_config: Callable[..., RunConfig], surrogate: dict):
+    run = Run(tiny_config(surrogate=surrogate, batch={"prompts": 3, "group": 4, "micro_batch": 5}))
+    run.embed([p.text for p in run.task.eval_prompts(1)])
+    assert isinstance(run.algorithm, TDMR1)
+    phases = Phases(run.algorithm, run.backbone)
+    run.step()
+    seen = {part: (phases.forward[part], phases.backward[part]) for part in phases.seconds if part != "decode"}
+    assert seen == network_evaluations(run.config)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", TINY)
+def test_working_memory_is_that_of_a_real_pass(name: str, checkpointing: bool):
+    recipe = {"sd35_medium": "sd35m_geneval", "z_image": "zimage_geneval"}[name]
+    changes = {"model.gradient_checkpointing": checkpointing, "model.resolution": 64, "model.teacher": None}
+    config = load_recipe(recipe).override(changes | {"batch.prompts": 1, "batch.group": 6, "batch.micro_batch": 6})
+    expected = estimate(config, **TINY[name])
+    assert expected is not None
+    backbone = random_backbone(name, config, device="cpu", **TINY[name])
+    roles = cast_roles(config, backbone, None)
+    c = random_conditioning(backbone, 6, device="cpu")
+    with Meter() as meter, roles.use(Role.FAKE) as velocity:
+        velocity(torch.randn(6, *backbone.latent_shape), torch.rand(6), c).square().sum().backward()
+    assert meter.peak == pytest.approx(expected.working["fake score"], rel=0.05)
+
+
+def test_the_estimate_follows_what_a_run_holds():
+    config = load_recipe("sd35m_geneval")
+    sizes = TINY["sd35_medium"]
+    lora, full = estimate(config, **sizes), estimate(config.override({"surrogate.weights": "full"}), **sizes)
+    assert lora is not None
+    assert full is not None
+    backbone = random_backbone("sd35_medium", config, **sizes)
+    base = sum(p.numel() for p in backbone.transformer.parameters())
+    more = full.held["weights of 6 roles"] - lora.held["weights of 6 roles"]
+    adapter = lora.held["weights of 6 roles"] / 6
+    assert more == 3 * (4 * base - adapter)  # surrogate and two averages, in float32, for three adapters
+    two = estimate(config.override({"model.teacher": "stabilityai/stable-diffusion-3.5-medium"}), **sizes)
+    assert two is not None
+    assert two.held["frozen transformers"] == 2 * lora.held["frozen transformer"]
+    assert lora.seconds(8) == pytest.approx(lora.seconds() / 8)
+
+
+def test_dry_run_tells_memory_and_time_without_hub_and_gpu(capsys, tmp_path: Path):
+    assert cli.main(["train", "sd35m_geneval", "--dry-run", "--batch.micro-batch", "2"]) == 0
+    text = capsys.readouterr().out
+    assert "# memory of one GPU, about " in text
+    assert "on 8 that share its samples" in text
+    (tmp_path / "config.yaml").write_text(text)  # still a configuration
+    assert load_recipe(str(tmp_path)) == load_recipe("sd35m_geneval").override({"batch.micro_batch": 2})
+    assert cli.main(["train", "mini", "--dry-run"]) == 0
+    assert "# no estimate" in capsys.readouterr().out
+
+
+def test_gpu_benchmark_runs_on_a_cpu_with_tiny_transformers(tmp_path: Path):
+    out = tmp_path / "gpu.json"
+    script = str(ROOT / "benchmarks" / "gpu_iteration.py")
+    sizes = ["--tiny", "--resolution", "64", "--prompts", "1", "--group", "2", "--iterations", "1"]
+    subprocess.run([sys.executable, script, *sizes, "--out", str(out)], check=True, capture_output=True)
+    result = json.loads(out.read_text())
+    assert [row["model"] for row in result["models"]] == ["sd35_medium", "z_image"]
+    parts = result["models"][0]["parts"]
+    assert set(parts) == {"rollout", "decode", "diagnostics", "surrogate", "fake score", "generator"}
+    assert all(p["seconds"] > 0 and p["expected_gib"] > 0 for p in parts.values())
+    assert set(architectures()) >= {"sd35_medium", "z_image"}
+    assert "| surrogate |" in out.with_suffix(".md").read_text()
