@@ -15,7 +15,7 @@ from tdm_r1.checkpoint import load_state, save_state
 from tdm_r1.config import RunConfig, dump, load_recipe, validate
 from tdm_r1.errors import UserError
 from tdm_r1.recipes import recipe_names
-from tdm_r1.tasks import PromptFileTask
+from tdm_r1.tasks import PromptFileTask, read_prompts
 
 SOURCE = Path(__file__).parent.parent / "src" / "tdm_r1"
 
@@ -147,6 +147,32 @@ def test_prompt_files(tmp_path: Path):
     text.write_text("\n")
     with pytest.raises(ValueError, match="holds no prompts"):
         PromptFileTask(text)
+
+
+def test_prompt_tables_and_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    drawbench = tmp_path / "drawbench.csv"
+    drawbench.write_text('Prompts,Category\n"a red car, parked",Colors\na pair of dogs,Counting\n')
+    first, second = read_prompts(drawbench, "task.prompts")
+    assert (first.text, first.metadata) == ("a red car, parked", {"Category": "Colors"})
+    assert second.text == "a pair of dogs"
+    parti = tmp_path / "parti.tsv"
+    parti.write_text("Prompt\tCategory\nbond\tAbstract\n")
+    assert read_prompts(parti, "task.prompts")[0].text == "bond"
+    parti.write_text("text\tCategory\nbond\tAbstract\n")
+    with pytest.raises(ValueError, match=r"expected a column 'prompt', found text, Category"):
+        read_prompts(parti, "task.prompts")
+
+    def download(repo: str, file: str, *, repo_type: str) -> str:
+        if (repo, file, repo_type) != ("owner/set", "data/drawbench.csv", "dataset"):
+            raise OSError("no such file on the hub")
+        return str(drawbench)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    assert len(read_prompts(Path("owner/set/data/drawbench.csv"), "task.prompts")) == 2
+    with pytest.raises(
+        ValueError, match=r"task\.prompts = .*no such file, and the hub gives no c\.txt of a dataset a/b"
+    ):
+        read_prompts(Path("a/b/c.txt"), "task.prompts")
 
 
 # ------------------------------------------------------------------------------------------ checkpoints

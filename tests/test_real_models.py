@@ -189,9 +189,30 @@ def test_plain_diffusers_samples_the_trained_lora(make: Make, tmp_path: Path):
     assert np.abs(run.backbone.decode(latents) / 255.0 - tuned).max() <= 0.51 / 255
 
 
+# Layers of a block that ComfyUI finds by diffusers' names, and the fused matrix that q, k and v are rows of there
+# (mmdit_to_diffusers and z_image_to_diffusers in its comfy/utils.py, read in November 2026)
+FUSED = {
+    "attn.to_q": "x_block.attn.qkv",
+    "attn.to_k": "x_block.attn.qkv",
+    "attn.to_v": "x_block.attn.qkv",
+    "attn.add_q_proj": "context_block.attn.qkv",
+    "attn.add_k_proj": "context_block.attn.qkv",
+    "attn.add_v_proj": "context_block.attn.qkv",
+    "attn2.to_q": "x_block.attn2.qkv",
+    "attn2.to_k": "x_block.attn2.qkv",
+    "attn2.to_v": "x_block.attn2.qkv",
+    "attention.to_q": "attention.qkv",
+    "attention.to_k": "attention.qkv",
+    "attention.to_v": "attention.qkv",
+}
+ALONE = {"attn.to_out.0", "attn.to_add_out", "attn2.to_out.0", "attention.to_out.0"}
+PLACES = ("q", "k", "v")  # from the top of the fused matrix
+
+
 @pytest.mark.parametrize("make", MODELS)
-def test_the_trained_lora_needs_no_metadata(make: Make, tmp_path: Path):
-    """What ComfyUI does with a file in diffusers' names: B A is added to the layer that the name names, at scale 1."""
+def test_the_trained_lora_works_in_comfyuis_layout(make: Make, tmp_path: Path):
+    """What ComfyUI does with a file in diffusers' names: B A is added at scale 1 to the rows of its own, fused, matrix
+    that the name stands for."""
     run = tiny_run(make, tmp_path)
     with torch.no_grad():
         for p in run.roles.parameters(Role.GENERATOR_EMA):
@@ -201,12 +222,32 @@ def test_the_trained_lora_needs_no_metadata(make: Make, tmp_path: Path):
     assert not any(name.endswith("alpha") for name in file)
     pipeline = DiffusionPipeline.from_pretrained(run.config.model.path)
     layers = dict(pipeline.transformer.named_parameters())
+    fused: dict[tuple[str, str], torch.Tensor] = {}
     with torch.no_grad():
         for name in (n for n in file if n.endswith("lora_B.weight")):
-            assert name.startswith("transformer.")
-            layer = name.removeprefix("transformer.").replace("lora_B.weight", "weight")
-            layers[layer] += file[name] @ file[name.replace("lora_B", "lora_A")]
+            block, layer = _block_and_layer(name.removeprefix("transformer.").removesuffix(".lora_B.weight"))
+            change = file[name] @ file[name.replace("lora_B", "lora_A")]
+            if layer in ALONE:
+                layers[f"{block}.{layer}.weight"] += change
+                continue
+            parts = [other for other in FUSED if FUSED[other] == FUSED[layer]]  # q, k, v in this order
+            key = (block, FUSED[layer])
+            if key not in fused:
+                fused[key] = torch.cat([layers[f"{block}.{part}.weight"] for part in parts])
+            size = len(fused[key]) // 3
+            row = size * next(i for i, place in enumerate(PLACES) if f"_{place}" in layer)
+            fused[key][row : row + size] += change
+        for (block, matrix), weight in fused.items():
+            parts = [other for other in FUSED if FUSED[other] == matrix]
+            for part, rows in zip(parts, weight.chunk(3), strict=True):
+                layers[f"{block}.{part}.weight"].copy_(rows)
         c, x = run.embed(PROMPTS), torch.randn(2, *run.backbone.latent_shape)
         plain = run.backbone.velocity_of(pipeline.transformer)(x, torch.full((2,), 0.6), c)
         with run.roles.use(Role.GENERATOR_EMA) as velocity:
             torch.testing.assert_close(velocity(x, torch.full((2,), 0.6), c), plain, atol=1e-4, rtol=1e-4)
+
+
+def _block_and_layer(name: str) -> tuple[str, str]:
+    """``transformer_blocks.0.attn.to_q`` as the block and the layer in it; a layer that ComfyUI does not know fails."""
+    layer = max((known for known in (*FUSED, *ALONE) if name.endswith(f".{known}")), key=len)
+    return name.removesuffix(f".{layer}"), layer

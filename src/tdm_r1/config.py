@@ -83,8 +83,8 @@ class TaskConfig(BaseModel):
     )
     prompts: Path | None = Field(
         None,
-        description="A .txt (one a line) or .jsonl (prompt + metadata) file; for geneval, the official metadata to "
-        "evaluate on.",
+        description="A .txt (one a line), .jsonl, .csv or .tsv (prompt + metadata) file, or OWNER/NAME/FILE of a hub's "
+        "dataset; for geneval, the official metadata to evaluate on.",
     )
     eval_prompts: Path | None = Field(
         None, description="A file of prompts to evaluate on, where task.prompts is trained on; else the same."

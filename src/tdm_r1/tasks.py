@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -47,16 +48,52 @@ class PromptFileTask:
 
 
 def read_prompts(path: Path, setting: str) -> list[Prompt]:
-    """One prompt a line, or, in a .jsonl file, objects with ``prompt`` and any other keys as metadata.
+    """One prompt a line of a .txt file; .jsonl objects with ``prompt``, or .csv and .tsv rows with a column of that
+    name (DrawBench's "Prompts" and PartiPrompts' "Prompt" too), any other keys as metadata.
+
+    Args:
+        path: a file, or OWNER/NAME/FILE in a dataset on the hub.
+        setting: what names it, for errors.
 
     Raises ValueError naming ``setting`` or the line, and what is wrong with it.
     """
-    if not path.is_file():
-        raise ValueError(f"{setting} = {str(path)!r}: no such file; give a .txt or .jsonl file of prompts")
-    lines = [line for line in path.read_text().splitlines() if line.strip()]
-    if not lines:
+    file = path if path.is_file() else _from_hub(path, setting)
+    if file.suffix in (".csv", ".tsv"):
+        with file.open(newline="") as rows:
+            table = csv.DictReader(rows, delimiter="\t" if file.suffix == ".tsv" else ",")
+            prompts = [_of_row(row, number, path) for number, row in enumerate(table, start=2)]
+    else:
+        lines = [line for line in file.read_text().splitlines() if line.strip()]
+        prompts = [_parse(line, number, path) for number, line in enumerate(lines, start=1)]
+    if not prompts:
         raise ValueError(f"{setting} = {str(path)!r} holds no prompts")
-    return [_parse(line, number, path) for number, line in enumerate(lines, start=1)]
+    return prompts
+
+
+def _from_hub(path: Path, setting: str) -> Path:
+    where = ""
+    if len(path.parts) > 2 and not path.is_absolute():
+        from huggingface_hub import hf_hub_download  # serving a reward does without it
+        from huggingface_hub.errors import HFValidationError
+
+        dataset, file = "/".join(path.parts[:2]), "/".join(path.parts[2:])
+        try:
+            return Path(hf_hub_download(dataset, file, repo_type="dataset"))
+        except (HFValidationError, OSError):
+            where = f", and the hub gives no {file} of a dataset {dataset}"
+    raise ValueError(
+        f"{setting} = {str(path)!r}: no such file{where}; give a .txt, .jsonl, .csv or .tsv file of prompts"
+    )
+
+
+def _of_row(row: dict[str, Any], number: int, path: Path) -> Prompt:
+    column = next((name for name in row if str(name).lower() in ("prompt", "prompts")), None)
+    if column is None:
+        raise ValueError(f"{path}: expected a column 'prompt', found {', '.join(map(str, row))}")
+    text = row.pop(column)
+    if not text:
+        raise ValueError(f"{path}:{number}: its prompt is empty")
+    return Prompt(text, row)
 
 
 def _parse(line: str, number: int, path: Path) -> Prompt:
