@@ -131,7 +131,10 @@ class Demo:
 
 @dataclass
 class Study:
-    """Runs a recipe over seeds and files the figures in docs/results, as JSON and as a page."""
+    """Runs a recipe over seeds and files the figures in docs/results, as JSON and as a page.
+
+    Seeds that an interrupted study had finished, with the same settings, are not run again.
+    """
 
     recipe: Positional[str] = "mini"
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -331,11 +334,10 @@ def _study(args: list[str]) -> int:
     command = tyro.cli(Study, args=args, prog="tdm-r1 mini study")
     from rich.console import Console
 
-    from .mini.report import fresh_run, study
+    from .mini.report import study
 
-    configs = [fresh_run(command.recipe, seed, command.output, "study") for seed in command.seeds]
     label = command.label or ("demo" if command.recipe == "mini" else command.recipe)
-    study(label, configs, command.out or Path(f"docs/results/{configs[0].task.name}.json"), Console())
+    study(command.recipe, command.seeds, label, command.output, command.out, Console())
     return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -115,20 +115,42 @@ def _rounded(metrics: Mapping[str, float]) -> dict[str, float]:
     return {k: round(v, 4) for k, v in metrics.items()}
 
 
-def study(recipe: str, configs: list[RunConfig], out: Path, console: Console) -> None:
-    """Runs ``configs`` (one a seed) and files their records under ``recipe`` in ``out``; keeps other recipes'.
+def study(recipe: str, seeds: Sequence[int], label: str, output: Path, out: Path | None, console: Console) -> None:
+    """Runs a recipe over seeds and files their records under ``label`` in ``out``; keeps other labels'.
 
-    The first seed's picture goes beside them, under the recipe's name.
+    Seeds that an interrupted study had finished with the same settings are not run again. The first seed's picture goes
+    beside the records, under the label.
     """
+    folders, records = [], []
+    for seed in seeds:
+        folder = finished_run(recipe, seed, output)
+        if folder is None:
+            config = fresh_run(recipe, seed, output, "study")
+            reinforce(config, console)
+            folder = config.output / config.name
+        else:
+            console.print(f"{folder} has run already with these settings: its figures are taken")
+        folders.append(folder)
+        records.append(json.loads((folder / "result.json").read_text()))
+    config = load_recipe(recipe)
+    out = out or Path(f"docs/results/{config.task.name}.json")
     results = json.loads(out.read_text()) if out.exists() else {"recipe": {}, "noise_floor": {}}
-    results["noise_floor"] = noise_floor(configs[0])
-    records = [reinforce(config, console) for config in configs]
-    results["recipe"][recipe] = records
+    results["noise_floor"] = noise_floor(config)
+    results["recipe"][label] = records
     write_text(out, json.dumps(results, indent=1))
     write_text(out.with_suffix(".md"), markdown(results))
-    picture = out.with_name(f"mini_{recipe.removeprefix('mini_')}.png")
-    shutil.copyfile(configs[0].output / configs[0].name / "before_after.png", picture)
+    picture = out.with_name(f"mini_{label.removeprefix('mini_')}.png")
+    shutil.copyfile(folders[0] / "before_after.png", picture)
     console.print(f"Wrote {out}, {out.with_suffix('.md')} and {picture}")
+
+
+def finished_run(recipe: str, seed: int, output: Path) -> Path | None:
+    """A study's run of the recipe and seed that came to its end with the settings that the recipe has now."""
+    wanted = load_recipe(recipe).override({"seed": seed, "output": output})
+    for folder in sorted(output.glob(f"study_{recipe}_seed{seed}*")):
+        if (folder / "result.json").exists() and load_recipe(str(folder)).override({"name": wanted.name}) == wanted:
+            return folder
+    return None
 
 
 def markdown(results: Mapping) -> str:
