@@ -87,11 +87,14 @@ def load_backbones(config: RunConfig) -> tuple[PipelineBackbone, PipelineBackbon
     """The student's backbone, and the teacher's where it is another one."""
     m = config.model
     path, _, _, length = resolve_model(m)
+    device = resolve_device(m.device)
+    if m.dtype != "float32" and device.startswith("cuda"):
+        torch.set_float32_matmul_precision("high")  # the float32 adapters on it, in TensorFloat32
     load = partial(
         load_backbone,
         max_sequence_length=length,
         dtype=getattr(torch, m.dtype),
-        device=resolve_device(m.device),
+        device=device,
         resolution=m.resolution,
         decode_batch=m.decode_batch,
         tiling=m.vae_tiling,
