@@ -249,6 +249,8 @@ def test_eval_goes_on_and_shares_its_work(tiny_config: Make, tmp_path: Path, cap
 
     assert cli.main([*arguments, *alone, "--prompts", "3"]) == 2
     assert "holds pictures of other prompts" in capsys.readouterr().err
+    assert cli.main([*arguments[:3], "none", "--base-steps", "4", "--guidance", "1", *alone]) == 2
+    assert "holds pictures of another version of 'base, guidance 1'" in capsys.readouterr().err
     assert cli.main([*arguments, *alone, "--shard", "3/2"]) == 2
     assert "--shard = '3/2': write NUMBER/OF" in capsys.readouterr().err
 

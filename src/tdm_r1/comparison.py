@@ -6,10 +6,11 @@ does every metric of every model.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,7 +27,7 @@ from .checkpoint import write_text
 from .config import RunConfig, dump, load_recipe
 from .errors import UserError
 from .evaluation import Embedder, Sampling, generate, mean_of
-from .lora_files import load_lora, lora_settings
+from .lora_files import load_lora, lora_file, lora_settings
 from .mini import bundle
 from .randomness import torch_rng
 from .rewards import Scorer
@@ -53,6 +54,13 @@ class Model:
     @property
     def folder(self) -> str:
         return re.sub(r"[^A-Za-z0-9]+", "_", self.name).strip("_")
+
+    def digest(self) -> str | None:
+        """What tells one LoRA file from another."""
+        if self.lora is None:
+            return None
+        with lora_file(self.lora).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Comparison:
@@ -89,15 +97,20 @@ class Comparison:
         self._same_evaluation()
 
     def _same_evaluation(self) -> None:
+        """Refuses a folder whose pictures were made otherwise: they would be taken for these."""
         settings = {"prompts": [p.text for p in self.prompts], "seed": self.config.evaluation.seed}
         settings |= {"model": self.config.model.path, "resolution": self.config.model.resolution}
-        file, text = self.folder / "settings.json", json.dumps(settings, indent=1)
-        if file.exists() and file.read_text() != text:
-            raise UserError(
-                f"--out = {str(self.folder)!r} holds pictures of other prompts, noise or model: name another"
-            )
-        write_text(file, text)
+        self._same(self.folder / "settings.json", settings, "other prompts, noise or model")
+        for model in self.models:
+            file = self.folder / "pictures" / model.folder / "settings.json"
+            self._same(file, asdict(model.sampling) | {"lora": model.digest()}, f"another version of {model.name!r}")
         write_text(self.folder / "config.yaml", dump(self.config))
+
+    def _same(self, file: Path, settings: dict, otherwise: str) -> None:
+        text = json.dumps(settings, indent=1)
+        if file.exists() and file.read_text() != text:
+            raise UserError(f"--out = {str(self.folder)!r} holds pictures of {otherwise}: name another folder")
+        write_text(file, text)
 
     # -------------------------------------------------------------------------------------- pictures
 

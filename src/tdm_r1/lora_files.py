@@ -39,7 +39,7 @@ def load_lora(
             f"set model.lora.rank to {saved.r} or more"
         )
     scale = (1.0 if strength is None else strength) * (saved.lora_alpha / saved.r) / (config.lora_alpha / config.r)
-    with safe_open(_lora_file(lora), framework="pt") as file:
+    with safe_open(lora_file(lora), framework="pt") as file:
         weights = {name.removeprefix("transformer."): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     for role in targets:
         start = {n: torch.zeros_like(w) if "lora_B" in n else w for n, w in roles.state(role).items()}
@@ -64,7 +64,7 @@ def lora_settings(lora: str | Path, *, strength: float | None = None) -> LoraCon
     With a ``strength``, a file without settings is read as diffusers reads it, alpha being its rank. Raises ValueError
     where there are none and no strength is given: alpha would be a guess.
     """
-    with safe_open(_lora_file(lora), framework="pt") as file:
+    with safe_open(lora_file(lora), framework="pt") as file:
         metadata = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
         shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     prefix = "transformer."
@@ -88,7 +88,8 @@ def lora_settings(lora: str | Path, *, strength: float | None = None) -> LoraCon
     )
 
 
-def _lora_file(lora: str | Path) -> Path:
+def lora_file(lora: str | Path) -> Path:
+    """The file of a LoRA, fetched from the hub if need be. Raises ValueError if there is none."""
     path = Path(lora)
     if not path.exists() and str(lora).count("/") == 1:
         path = _from_hub(str(lora))
