@@ -110,7 +110,8 @@ class Comparison:
         text = json.dumps(settings, indent=1)
         if file.exists() and file.read_text() != text:
             raise UserError(f"--out = {str(self.folder)!r} holds pictures of {otherwise}: name another folder")
-        write_text(file, text)
+        if not file.exists():
+            write_text(file, text)
 
     # -------------------------------------------------------------------------------------- pictures
 

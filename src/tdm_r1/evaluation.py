@@ -49,7 +49,7 @@ class Embedder:
     def __call__(self, prompts: Sequence[str]) -> Conditioning:
         found: dict[str, Conditioning] = {}
         for prompt in dict.fromkeys(prompts):  # one by one: in a batch the last bits would depend on the company
-            found[prompt] = self.cache.pop(prompt, None) or self.backbone.encode([prompt])
+            found[prompt] = self.cache.pop(prompt) if prompt in self.cache else self.backbone.encode([prompt])
         self.cache |= found
         for old in list(self.cache)[: -self.kept]:
             del self.cache[old]

@@ -228,15 +228,15 @@ class Run:
 
     # -------------------------------------------------------------------------------------- the loop
 
-    def fit(self, *, resume: bool = False, start: Evaluation | None = None) -> Evaluation | None:
+    def fit(self, *, resume: bool = False, first: Evaluation | None = None) -> Evaluation | None:
         """Trains to the end, or to Ctrl-C, which finishes the iteration and saves. Returns the last evaluation.
 
         Args:
-            start: the evaluation of the start, where it has been made already.
+            first: the evaluation of the start, where it has been made already.
         """
         self.open(resume=resume)
         evaluator = self.evaluator()
-        last = None if self.iteration else self._report(start or evaluator(self.few_step()))
+        last = None if self.iteration else self._report(first or evaluator(self.few_step()))
         with self._progress() as (progress, bar), _interrupts() as interrupted, self._nothing_lost():
             while self.iteration < self.config.iterations and not interrupted():
                 start = time.perf_counter()

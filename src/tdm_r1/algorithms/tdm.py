@@ -295,7 +295,7 @@ class Optimizer:
         self.total = total
         self.steps = 0
         self.skipped = 0  # updates in a row whose gradient was not finite
-        kind = _eight_bit_adamw() if config.eight_bit else torch.optim.AdamW
+        kind: Callable[..., torch.optim.Optimizer] = _eight_bit_adamw() if config.eight_bit else torch.optim.AdamW
         self.adamw = kind(parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay)
 
     def step(self) -> float:
@@ -330,7 +330,7 @@ class Optimizer:
         self.steps = state["steps"]
 
 
-def _eight_bit_adamw() -> type[torch.optim.Optimizer]:
+def _eight_bit_adamw() -> Callable[..., torch.optim.Optimizer]:
     """bitsandbytes' AdamW. Raises UserError where it is not installed."""
     try:
         from bitsandbytes.optim import AdamW8bit

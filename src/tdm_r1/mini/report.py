@@ -44,7 +44,7 @@ def reinforce(config: RunConfig, console: Console) -> dict:
     base = evaluator(Sampling(Role.TEACHER, BASE_STEPS, config.sampler.shift, guidance=BASE_GUIDANCE))
     before = evaluator(run.few_step())
     start = time.perf_counter()
-    after = run.fit(start=before)
+    after = run.fit(first=before)
     assert after is not None  # a fresh run evaluates at its end
     record = {
         "seed": config.seed,
