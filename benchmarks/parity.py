@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
 
 from tdm_r1.backbones import load_backbone
 from tdm_r1.evaluation import Embedder, Sampling, generate
@@ -54,19 +53,7 @@ def compare(name: str, folder: Path, guidance: float, side: int) -> dict:
     x_1 = torch.randn(2, *backbone.latent_shape, generator=torch.Generator().manual_seed(0))
     sampling = Sampling(Role.TEACHER, steps=4, shift=3.0, guidance=guidance)
     ours = generate(backbone, full_roles(backbone, ()), sampling, Embedder(backbone), PROMPTS, x_1, batch=2)
-    pipeline = DiffusionPipeline.from_pretrained(folder)
-    pipeline.set_progress_bar_config(disable=True)
-    theirs = pipeline(
-        list(PROMPTS),  # Z-Image's pipeline writes into the list that it is given
-        height=side,
-        width=side,
-        num_inference_steps=4,
-        sigmas=[1.0, 0.75, 0.5, 0.25],  # the scheduler shifts them
-        guidance_scale=guidance - 1 if name == "Z-Image" else guidance,  # Z-Image counts from 0
-        max_sequence_length=48,
-        latents=x_1.clone(),
-        output_type="np",
-    ).images
+    theirs = tiny_models.pipeline_pictures(folder, PROMPTS, x_1, guidance)
     return {
         "model": name,
         "side": side,

@@ -33,30 +33,13 @@ def load(folder: Path, resolution: int = 64) -> PipelineBackbone:
     return load_backbone(str(folder), max_sequence_length=48, dtype=torch.float32, device="cpu", resolution=resolution)
 
 
-def theirs(name: str, folder: Path, x_1: torch.Tensor, guidance: float) -> np.ndarray:
-    pipeline = DiffusionPipeline.from_pretrained(folder)
-    pipeline.set_progress_bar_config(disable=True)
-    side = 8 * x_1.shape[-1]
-    return pipeline(
-        list(PROMPTS),  # Z-Image's pipeline writes into the list that it is given
-        height=side,
-        width=side,
-        num_inference_steps=4,
-        sigmas=[1.0, 0.75, 0.5, 0.25],  # the scheduler shifts them
-        guidance_scale=guidance - 1 if name == "z_image" else guidance,  # Z-Image counts from 0
-        max_sequence_length=48,
-        latents=x_1.clone(),
-        output_type="np",
-    ).images
-
-
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
 @pytest.mark.parametrize("resolution", [64, 96])
 def test_the_same_image_as_the_pipeline(model: tuple[str, Path], guidance: float, resolution: int):
-    name, folder = model
+    folder = model[1]
     backbone = load(folder, resolution)
     x_1 = torch.randn(2, *backbone.latent_shape, generator=torch.Generator().manual_seed(0))
-    expected = theirs(name, folder, x_1, guidance)
+    expected = tiny_models.pipeline_pictures(folder, PROMPTS, x_1, guidance)
     embed = Embedder(backbone)
     sampling = Sampling(Role.TEACHER, steps=4, shift=3.0, guidance=guidance)
     ours = generate(backbone, full_roles(backbone, ()), sampling, embed, PROMPTS, x_1, batch=2)

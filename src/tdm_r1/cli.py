@@ -46,7 +46,8 @@ class Sample:
 class Eval:
     """Compares LoRAs and the many-step base on a recipe's prompts, all from the same noise.
 
-    Goes on where it was interrupted: every picture is a file. Writes results.json, table.md and grid.png.
+    Goes on where it was interrupted: every picture is a file, and so are the scores of every metric; delete the folder
+    `scores` after changing a reward of your own. Writes results.json, table.md and grid.png.
     """
 
     recipe: Positional[str]

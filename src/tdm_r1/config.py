@@ -60,7 +60,7 @@ class ModelConfig(BaseModel):
     )
     gradient_checkpointing: bool = Field(
         False,
-        description="Compute activations again in the backward rather than keep them: a third slower, far smaller.",
+        description="Compute activations again in the backward rather than keep them: slower, far smaller.",
     )
     offload: bool = Field(
         False, description="Keep text encoders and autoencoder in main memory while nobody needs them."

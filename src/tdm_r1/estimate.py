@@ -22,6 +22,7 @@ from torch.utils.flop_counter import flop_registry
 from .architectures import architecture_of, random_pipeline, text_encoder_parameters
 from .backbones import BACKBONES, Conditioning, PipelineBackbone, guided
 from .config import RunConfig
+from .evaluation import Embedder
 from .roles import TRAINED, Role, Roles
 from .trainer import OWN_ROLES, cast_roles
 
@@ -101,7 +102,7 @@ def estimate(config: RunConfig, **sizes: Any) -> Estimate | None:
             flops[part] += arithmetic * trained / works.samples
     working["decode"], arithmetic = play(works.decode)
     flops["decode"] = arithmetic * config.batch.prompts * config.batch.group / works.decoded
-    held = _held(config, backbone, teacher, roles)
+    held = _held(config, backbone, teacher, roles) | {"prompts and trajectories": works.kept_bytes()}
     encoders = text_encoder_parameters(name) * dtype.itemsize
     (working if config.model.offload else held)["text encoders"] = encoders
     return Estimate(held, working, flops)
@@ -191,6 +192,13 @@ class _Works:
         """That of the fake score; generator and surrogate cost the same where they are adapters too."""
         self._adapter = self._adapter or play(lambda: self._train(Role.FAKE))
         return self._adapter
+
+    def kept_bytes(self) -> int:
+        """Embeddings that are kept, an iteration's own, and its trajectories with every point and clean prediction."""
+        c, samples = self.conditioning, self.config.batch.prompts * self.config.batch.group
+        a_prompt = (_bytes(c.embeds) + (0 if c.pooled is None else _bytes(c.pooled))) // len(c)
+        points = 2 * self.config.sampler.steps + 1
+        return a_prompt * (Embedder.kept + samples) + points * samples * _bytes(self.x_t[:1])
 
     @torch.no_grad()
     def sample(self) -> None:

@@ -50,7 +50,7 @@ class OptimizerConfig(BaseModel):
     )
     eight_bit: bool = Field(
         False,
-        description="AdamW's averages in 8 bits (bitsandbytes): for roles with full weights, not worth it for LoRA.",
+        description="AdamW's averages in 8 bits (bitsandbytes): for full weights, not worth it for LoRA. Ours.",
     )
 
 
