@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from PIL import Image
+from safetensors.torch import load_file
 
 from tdm_r1 import cli
 from tdm_r1.algorithms.tdm import few_step_sample
@@ -270,6 +271,31 @@ def test_a_run_distils_its_start_first_and_only_once(tiny_config: Make, tmp_path
     assert with_student(written) == written
     with pytest.raises(UserError, match=r"distill_with = 'mini': its algorithm is tdm_r1; name one of tdm"):
         with_student(tiny_config(distill_with="mini", name="wrong"))
+
+
+def test_an_interrupted_distillation_goes_on_and_ends_as_one_that_was_not(
+    tiny_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    recipe = tiny_config(algorithm="tdm", iterations=2, surrogate={"carried": 0.0}, name="unused")
+    (tmp_path / "tdm.yaml").write_text(dump(recipe))
+    whole = with_student(tiny_config(distill_with=str(tmp_path / "tdm.yaml"), name="whole"))
+
+    config = tiny_config(distill_with=str(tmp_path / "tdm.yaml"), name="broken")
+    step = Run.step
+
+    def interrupted_step(run: Run):
+        os.kill(os.getpid(), signal.SIGINT)
+        return step(run)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "step", interrupted_step)
+        with pytest.raises(UserError, match="the distillation was interrupted; the same command goes on with it"):
+            with_student(config)
+    assert not (tmp_path / "broken" / "distill" / "lora").exists()
+    resumed = with_student(config)
+    for name in ("student_lora", "fake_lora"):
+        folders = (Path(getattr(config.model, name)) for config in (whole, resumed))
+        assert_equal(*(load_file(folder / "pytorch_lora_weights.safetensors") for folder in folders))
 
 
 def test_full_weights_leave_a_transformer_that_plain_diffusers_loads(tiny_config: Make):
