@@ -14,6 +14,7 @@ from tdm_r1 import cli
 from tdm_r1.checkpoint import load_state, save_state
 from tdm_r1.config import RunConfig, dump, load_recipe, validate
 from tdm_r1.errors import UserError
+from tdm_r1.mini.report import finished_run
 from tdm_r1.recipes import recipe_names
 from tdm_r1.tasks import PromptFileTask, read_prompts
 
@@ -201,3 +202,21 @@ def test_checkpoint_refuses_other_things(tmp_path: Path):
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="not a tdm-r1 checkpoint"):
         load_state(tmp_path / "other.safetensors")
+
+
+def test_a_study_takes_up_runs_that_finished_with_its_settings_and_no_others(tmp_path: Path):
+    wanted = load_recipe("mini").override({"output": tmp_path})
+
+    def leave(name: str, *, iterations: int = wanted.iterations, more: str = "", **changes: object) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.yaml").write_text(dump(wanted.override({"name": name} | changes)) + more)
+        (folder / "result.json").write_text(json.dumps({"iterations": iterations}))
+        return folder
+
+    leave("study_mini_seed0", iterations=wanted.iterations - 1)
+    leave("study_mini_seed0_2", more="of_another_version: 1\n")
+    leave("study_mini_seed0_3", **{"surrogate.draws": 1})
+    leave("study_mini_seed1")
+    assert finished_run("mini", 0, tmp_path) is None
+    assert finished_run("mini", 0, leave("study_mini_seed0_4").parent) == tmp_path / "study_mini_seed0_4"

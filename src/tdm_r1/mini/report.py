@@ -16,6 +16,7 @@ from rich.table import Table
 from .. import pictures
 from ..checkpoint import write_text
 from ..config import RunConfig, load_recipe
+from ..errors import UserError
 from ..evaluation import Evaluation, Sampling
 from ..roles import Role
 from ..trainer import Run
@@ -126,7 +127,8 @@ def study(recipe: str, seeds: Sequence[int], label: str, output: Path, out: Path
         folder = finished_run(recipe, seed, output)
         if folder is None:
             config = fresh_run(recipe, seed, output, "study")
-            reinforce(config, console)
+            if reinforce(config, console)["iterations"] < config.iterations:
+                raise UserError("the study was interrupted; what it had finished is used by the same command")
             folder = config.output / config.name
         else:
             console.print(f"{folder} has run already with these settings: its figures are taken")
@@ -148,9 +150,18 @@ def finished_run(recipe: str, seed: int, output: Path) -> Path | None:
     """A study's run of the recipe and seed that came to its end with the settings that the recipe has now."""
     wanted = load_recipe(recipe).override({"seed": seed, "output": output})
     for folder in sorted(output.glob(f"study_{recipe}_seed{seed}*")):
-        if (folder / "result.json").exists() and load_recipe(str(folder)).override({"name": wanted.name}) == wanted:
+        if (folder / "result.json").exists() and _finished_with(wanted, folder):
             return folder
     return None
+
+
+def _finished_with(wanted: RunConfig, folder: Path) -> bool:
+    try:
+        config = load_recipe(str(folder))
+    except UserError:
+        return False  # of a version with other settings
+    iterations = json.loads((folder / "result.json").read_text())["iterations"]
+    return config.override({"name": wanted.name}) == wanted and iterations == wanted.iterations  # else interrupted
 
 
 def markdown(results: Mapping) -> str:
