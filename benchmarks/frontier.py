@@ -56,9 +56,9 @@ def markdown(results: dict[str, list[dict]], floors: dict[str, float]) -> str:
     lines = [
         "# How far runs got with the held-out metrics kept",
         "",
-        "Written by `python benchmarks/frontier.py LABEL=RUN ...` from evaluations of runs on the mini model. The last column",
-        "names what is worse than at the start by more than its noise floor (`docs/results/mini.json`); labels say what",
-        "differs from recipe `mini`.",
+        "Written by `python benchmarks/frontier.py LABEL=RUN ...` from evaluations of runs on the mini model; labels",
+        "say what differs from recipe `mini`. The last column names what is worse than at the start by more than its",
+        "noise floor (`docs/results/mini.json`).",
         "",
         "![strict against Frechet distance and diversity](frontier.png)",
         "",
