@@ -3,7 +3,8 @@
 Beside them the anchored one without what the generator carries and, as a control, the same run without any reward,
 which is distillation gone on.
 
-Run: ``python benchmarks/surrogates.py`` (writes docs/results/surrogates.json, .md and .png).
+Run: ``python benchmarks/surrogates.py`` (writes docs/results/surrogates.json, .md and .png). Runs that are there
+already with the same settings are taken as they are.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from tdm_r1.mini.report import fresh_run, reinforce
+from tdm_r1.mini.report import finished_run, fresh_run, reinforce
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # recipe, and what is changed in it
     "anchored": ("mini", {}),
@@ -49,11 +50,14 @@ def main() -> None:
     results, histories = {}, {}
     for variant in args.variants:
         recipe, changes = VARIANTS[variant]
+        changes = changes | ({"iterations": args.iterations} if args.iterations else {})
         config = fresh_run(recipe, args.seed, args.output, f"surrogates_{variant.replace(' ', '_')}").override(changes)
-        if args.iterations:
-            config = config.override({"iterations": args.iterations})
-        record = reinforce(config, Console())
-        rows = [json.loads(r) for r in (config.output / config.name / "metrics.jsonl").read_text().splitlines()]
+        folder = finished_run(config, f"surrogates_{variant.replace(' ', '_')}_{recipe}_seed{args.seed}")
+        if folder is None:
+            reinforce(config, Console())
+            folder = config.output / config.name
+        record = json.loads((folder / "result.json").read_text())
+        rows = [json.loads(r) for r in (folder / "metrics.jsonl").read_text().splitlines()]
         last = rows[-max(len(rows) // 4, 1) :]  # the last quarter
         record["diagnostics"] = {
             name: round(float(np.mean([r[name] for r in last if name in r])), 5)

@@ -218,5 +218,6 @@ def test_a_study_takes_up_runs_that_finished_with_its_settings_and_no_others(tmp
     leave("study_mini_seed0_2", more="of_another_version: 1\n")
     leave("study_mini_seed0_3", **{"surrogate.draws": 1})
     leave("study_mini_seed1")
-    assert finished_run("mini", 0, tmp_path) is None
-    assert finished_run("mini", 0, leave("study_mini_seed0_4").parent) == tmp_path / "study_mini_seed0_4"
+    assert finished_run(wanted, "study_mini_seed0") is None
+    last = leave("study_mini_seed0_4")
+    assert finished_run(wanted, "study_mini_seed0") == last

@@ -124,7 +124,8 @@ def study(recipe: str, seeds: Sequence[int], label: str, output: Path, out: Path
     """
     folders, records = [], []
     for seed in seeds:
-        folder = finished_run(recipe, seed, output)
+        wanted = load_recipe(recipe).override({"seed": seed, "output": output})
+        folder = finished_run(wanted, f"study_{recipe}_seed{seed}")
         if folder is None:
             config = fresh_run(recipe, seed, output, "study")
             if reinforce(config, console)["iterations"] < config.iterations:
@@ -146,10 +147,9 @@ def study(recipe: str, seeds: Sequence[int], label: str, output: Path, out: Path
     console.print(f"Wrote {out}, {out.with_suffix('.md')} and {picture}")
 
 
-def finished_run(recipe: str, seed: int, output: Path) -> Path | None:
-    """A study's run of the recipe and seed that came to its end with the settings that the recipe has now."""
-    wanted = load_recipe(recipe).override({"seed": seed, "output": output})
-    for folder in sorted(output.glob(f"study_{recipe}_seed{seed}*")):
+def finished_run(wanted: RunConfig, name: str) -> Path | None:
+    """A folder, called ``name`` with anything behind it, of a run that came to its end with the settings ``wanted``."""
+    for folder in sorted(wanted.output.glob(f"{name}*")):
         if (folder / "result.json").exists() and _finished_with(wanted, folder):
             return folder
     return None
