@@ -2,7 +2,7 @@
 
 The KL part of the direction is only as good as the fake score. Its many-step samples are compared with the generator's
 own pictures of the same prompts, before and after updates in which the generator does not move, at several learning
-rates: if they come closer, the fake score had lagged.
+rates, on all points of the trajectories or on x_0 alone: if they come closer, the fake score had lagged.
 
 Run: ``python benchmarks/fake_tracking.py RUN`` (a folder with a checkpoint of recipe `mini`'s kind; writes
 docs/results/fake_tracking.json and .md).
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,9 @@ from tdm_r1.trainer import Run
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
-    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3])
+    parser.add_argument(
+        "--rates", nargs="+", default=["1e-3", "2e-4", "1e-3:final"], help="RATE, or RATE:final for x_0"
+    )
     parser.add_argument("--updates", type=int, default=60)
     parser.add_argument("--prompts", type=int, default=300)
     parser.add_argument("--out", type=Path, default=Path("docs/results/fake_tracking.json"))
@@ -42,18 +45,22 @@ def main() -> None:
     print(args.out.with_suffix(".md").read_text())
 
 
-def measure(folder: Path, rate: float, updates: int, prompts: int) -> list[dict]:
+def measure(folder: Path, rate: str, updates: int, prompts: int) -> list[dict]:
     """The generator, and its fake score before and after ``updates`` at ``rate``."""
     config = load_recipe(str(folder))
-    changes = {"tdm.fake.learning_rate": rate, "tdm.fake.decay_share": 0.0}
+    value, _, points = rate.partition(":")
+    changes = {"tdm.fake.learning_rate": float(value), "tdm.fake.decay_share": 0.0}
     few = {"evaluation.prompts": prompts, "evaluation.images_per_prompt": 1}
     run = Run(config.override({"output": folder.parent, "name": folder.name} | changes | few))
     run.load(run.checkpoints()[-1])
+    if points == "final":
+        tdm = tdm_r1_of(run).tdm
+        tdm.draw = partial(tdm.draw, final=True)  # type: ignore[method-assign]
     evaluate = run.evaluator()
     generated = evaluate(run.few_step())
     rows = [described("generator", rate, generated, generated)]
     for done in (0, updates):
-        for update in track(range(done), f"fake score at {rate:g}"):
+        for update in track(range(done), f"fake score at {rate}"):
             fit_fake(run, update)
         samples = evaluate(Sampling(Role.FAKE, 20, config.sampler.shift, guidance=1.0))
         rows.append(described(f"fake score, {done} updates", rate, samples, generated))
@@ -70,7 +77,7 @@ def fit_fake(run: Run, update: int) -> None:
     tdm.fit_fake(tdm.roll_out(conditioning, x_1, noise), noise)
 
 
-def described(what: str, rate: float, samples: Evaluation, generated: Evaluation) -> dict:
+def described(what: str, rate: str, samples: Evaluation, generated: Evaluation) -> dict:
     """strict; the ground's grey level and its spread; Frechet distance to the generator's pictures."""
     net = load_features(bundle_path() / "features.safetensors")
     grounds = np.median(samples.images[:, :2].reshape(len(samples.images), -1), axis=1)
@@ -97,7 +104,7 @@ def markdown(run: str, prompts: int, rows: list[dict]) -> str:
     ]
     for r in rows:
         ground = f"{r['ground']:.1f} ± {r['ground_spread']:.1f}"
-        lines.append(f"| {r['of']} | {r['rate']:g} | {r['strict']:.3f} | {ground} | {r['distance']:.2f} |")
+        lines.append(f"| {r['of']} | {r['rate']} | {r['strict']:.3f} | {ground} | {r['distance']:.2f} |")
     return "\n".join(lines) + "\n"
 
 
