@@ -88,7 +88,7 @@ def rapidocr(*, detect: bool = True) -> Engine:
     """RapidOCR 3.x with the detection and recognition models of its wheel, on the CPU.
 
     Args:
-        detect: find lines of text first; False takes the whole picture as one line, at least ten times faster.
+        detect: find lines of text first; False takes the whole picture as one line, many times faster.
     """
     from rapidocr import RapidOCR
 

@@ -150,7 +150,7 @@ def _hps_entry(summary: str, make: Callable[[], Reward]) -> Entry:
 BUILT_IN: dict[str, Entry] = {
     "mini": Entry("Obedience to the mini world's prompts, half strict, half graded, in [0, 1].", _mini),
     "ocr": _ocr_entry("Text fidelity, TDM-R1's formula, in [0, 1].", _ocr),
-    "ocr_line": _ocr_entry("As ocr, for a picture that is one line of text: ten times faster.", _ocr_line),
+    "ocr_line": _ocr_entry("As ocr, for a picture that is one line of text: many times faster.", _ocr_line),
     "ocr_flow_grpo": _ocr_entry("Text fidelity, blind to case, spaces and surplus text, in [0, 1].", _ocr_flow_grpo),
     "geneval": _geneval_entry("GenEval, graded as in Flow-GRPO, in [0, 1].", _geneval),
     "geneval_strict": _geneval_entry("GenEval's own verdict, 0 or 1.", _geneval_strict),
