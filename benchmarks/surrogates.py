@@ -19,7 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from tdm_r1.mini.report import finished_run, fresh_run, reinforce
+from tdm_r1.mini.report import completed_run
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # recipe, and what is changed in it
     "anchored": ("mini", {}),
@@ -51,11 +51,8 @@ def main() -> None:
     for variant in args.variants:
         recipe, changes = VARIANTS[variant]
         changes = changes | ({"iterations": args.iterations} if args.iterations else {})
-        config = fresh_run(recipe, args.seed, args.output, f"surrogates_{variant.replace(' ', '_')}").override(changes)
-        folder = finished_run(config, f"surrogates_{variant.replace(' ', '_')}_{recipe}_seed{args.seed}")
-        if folder is None:
-            reinforce(config, Console())
-            folder = config.output / config.name
+        purpose = f"surrogates_{variant.replace(' ', '_')}"
+        folder = completed_run(recipe, args.seed, args.output, purpose, Console(), changes)
         record = json.loads((folder / "result.json").read_text())
         rows = [json.loads(r) for r in (folder / "metrics.jsonl").read_text().splitlines()]
         last = rows[-max(len(rows) // 4, 1) :]  # the last quarter

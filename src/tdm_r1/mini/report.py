@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -124,15 +125,7 @@ def study(recipe: str, seeds: Sequence[int], label: str, output: Path, out: Path
     """
     folders, records = [], []
     for seed in seeds:
-        wanted = load_recipe(recipe).override({"seed": seed, "output": output})
-        folder = finished_run(wanted, f"study_{recipe}_seed{seed}")
-        if folder is None:
-            config = fresh_run(recipe, seed, output, "study")
-            if reinforce(config, console)["iterations"] < config.iterations:
-                raise UserError("the study was interrupted; what it had finished is used by the same command")
-            folder = config.output / config.name
-        else:
-            console.print(f"{folder} has run already with these settings: its figures are taken")
+        folder = completed_run(recipe, seed, output, "study", console)
         folders.append(folder)
         records.append(json.loads((folder / "result.json").read_text()))
     config = load_recipe(recipe)
@@ -145,6 +138,23 @@ def study(recipe: str, seeds: Sequence[int], label: str, output: Path, out: Path
     picture = out.with_name(f"mini_{label.removeprefix('mini_')}.png")
     shutil.copyfile(folders[0] / "before_after.png", picture)
     console.print(f"Wrote {out}, {out.with_suffix('.md')} and {picture}")
+
+
+def completed_run(
+    recipe: str, seed: int, output: Path, purpose: str, console: Console, changes: Mapping[str, Any] | None = None
+) -> Path:
+    """The folder of a run of the recipe, with ``changes``, that came to its end: an earlier one, or one made now.
+
+    Raises UserError if it is interrupted.
+    """
+    config = fresh_run(recipe, seed, output, purpose).override(changes or {})
+    folder = finished_run(config, f"{purpose}_{recipe}_seed{seed}")
+    if folder is not None:
+        console.print(f"{folder} has run already with these settings: its figures are taken")
+        return folder
+    if reinforce(config, console)["iterations"] < config.iterations:
+        raise UserError("interrupted, and no figures are filed; the same command takes up what had come to its end")
+    return config.output / config.name
 
 
 def finished_run(wanted: RunConfig, name: str) -> Path | None:
