@@ -141,7 +141,7 @@ def study(recipe: str, seeds: Sequence[int], label: str, output: Path, out: Path
 
 
 def completed_run(
-    recipe: str, seed: int, output: Path, purpose: str, console: Console, changes: Mapping[str, Any] | None = None
+    recipe: str, seed: int, output: Path, purpose: str, console: Console, changes: dict[str, Any] | None = None
 ) -> Path:
     """The folder of a run of the recipe, with ``changes``, that came to its end: an earlier one, or one made now.
 
