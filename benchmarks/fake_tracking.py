@@ -57,7 +57,7 @@ def measure(folder: Path, rate: str, updates: int, prompts: int) -> list[dict]:
     run.load(run.checkpoints()[-1])
     if points == "final":
         tdm = tdm_r1_of(run).tdm
-        tdm.draw = partial(tdm.draw, final=True)  # type: ignore[method-assign]
+        tdm.draw = partial(tdm.draw, points="final")  # type: ignore[method-assign]
     evaluate = run.evaluator()
     generated = evaluate(run.few_step())
     rows = [described("generator", "", generated, generated)]

@@ -10,6 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -27,6 +28,8 @@ def main() -> None:
     results = json.loads(args.out.read_text()) if args.out.exists() else {}
     for entry in args.runs:
         label, _, folder = entry.partition("=")
+        if not (Path(folder) / "metrics.jsonl").is_file() or not folder:
+            parser.error(f"{entry!r}: no run lies at {folder!r}; give LABEL=FOLDER of a run")
         results[label] = evaluations(Path(folder))
     floors = json.loads(args.floors.read_text())["noise_floor"]
     args.out.write_text(json.dumps(results, indent=1))
@@ -74,12 +77,16 @@ def markdown(results: dict[str, list[dict]], floors: dict[str, float]) -> str:
 
 
 def curves(results: dict[str, list[dict]], floors: dict[str, float], path: Path) -> None:
+    """Strict against the two held-out metrics that bind; a run that falls below its start leaves the picture."""
+    colours = [colormaps["tab20"](i % 20) for i in range(len(results))]
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     for k, metric in enumerate(("frechet", "diversity")):
         axis = figure.add_subplot(1, 2, k + 1)
-        for label, rows in results.items():
-            axis.plot([r["strict"] for r in rows], [r[metric] for r in rows], marker=".", linewidth=1, label=label)
+        for (label, rows), colour in zip(results.items(), colours, strict=True):
+            shown = [r for r in rows if r["strict"] >= rows[0]["strict"]]
+            points = [r["strict"] for r in shown], [r[metric] for r in shown]
+            axis.plot(*points, marker=".", linewidth=1, label=label, color=colour)
         start = next(iter(results.values()))[0][metric]
         axis.axhline(start + floors[metric] * (1 if better(metric) == "down" else -1), color="grey", linestyle=":")
         axis.set_xlabel("strict")

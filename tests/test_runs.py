@@ -31,8 +31,9 @@ Make = Callable[..., RunConfig]
 
 
 def weights(run: Run) -> dict[str, torch.Tensor]:
-    roles = (Role.GENERATOR, Role.GENERATOR_EMA, Role.FAKE, Role.SURROGATE, Role.SURROGATE_EMA, Role.REFERENCE)
-    return {f"{r}/{n}": p for r in roles if r in run.roles for n, p in run.roles.state(r).items()}
+    return {
+        f"{r}/{n}": p for r in Role if r in run.roles and r is not Role.TEACHER for n, p in run.roles.state(r).items()
+    }
 
 
 def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], *, atol: float = 0.0) -> None:
@@ -51,7 +52,7 @@ def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], *, atol
             "balance": {"policy": "ratio"},
         },
         {"surrogate": {"loss": "preference", "trust_region": "clip"}, "sampler": {"solver": "dpm"}},
-        {"sampler": {"solver": "stochastic"}, "tdm": {"noise_range": "interval"}},
+        {"sampler": {"solver": "stochastic"}, "tdm": {"noise_range": "interval", "fake_scores": "two"}},
         {"algorithm": "tdm", "batch": {"group": 1}},
         {"surrogate": {"weights": "lora"}},
         {"model": {"roles": "full"}, "surrogate": {"carried": 0.0}},
@@ -64,6 +65,8 @@ def test_every_variant_trains_every_role_it_should(tiny_config: Make, changes: d
     first, second = run.step(), run.step()
     moved = {k.split("/")[0] for k, v in weights(run).items() if not torch.equal(v, before[k])}
     expected = {"generator", "generator_ema", "fake"}
+    if run.config.tdm.fake_scores == "two":
+        expected |= {"fake_final"}
     if run.config.algorithm == "tdm_r1":
         expected |= {"surrogate", "surrogate_ema"}
         if run.config.surrogate.reference == "dynamic":
@@ -97,7 +100,7 @@ def test_the_surrogate_keeps_to_its_points_and_noise_levels(tiny_config: Make):
     x_1 = torch.randn(len(c), *run.backbone.latent_shape, generator=noise)
     rollout = algorithm.tdm.roll_out(c, x_1, noise)
     every = algorithm.tdm.draw(rollout, noise, time_range=(0.3, 0.8))
-    final = algorithm.tdm.draw(rollout, noise, final=True, time_range=(0.3, 0.8))
+    final = algorithm.tdm.draw(rollout, noise, points="final", time_range=(0.3, 0.8))
     assert set(every.index.tolist()) == {0, 1, 2, 3}
     assert (every.t > every.s).all()
     assert ((every.t >= 0.3) & ((every.t <= 0.8) | (every.s >= 0.8))).all()
@@ -109,6 +112,26 @@ def test_the_surrogate_keeps_to_its_points_and_noise_levels(tiny_config: Make):
     inside = (torch.linspace(0, 1, len(c)) >= 0.3) & (torch.linspace(0, 1, len(c)) <= 0.8)
     assert (part[inside] > 0).all()
     assert (part[~inside] == 0).all()
+
+
+def test_each_fake_score_knows_its_points(tiny_config: Make):
+    run = Run(tiny_config(tdm={"fake_scores": "two"}))
+    run.step()
+    tdm, noise = run.algorithm.tdm, torch.Generator().manual_seed(0)
+    c = run.embed(["a red circle", "a cross", "a cross", "a red circle"])
+    x_t, t = torch.randn(4, *run.backbone.latent_shape, generator=noise), torch.full((4,), 0.6)
+    with torch.no_grad():
+        together = tdm.fake_velocity(x_t, t, c, torch.tensor([3, 0, 2, 3]))
+        with run.roles.use(Role.FAKE) as velocity:
+            earlier = velocity(x_t, t, c)
+        with run.roles.use(Role.FAKE_FINAL) as velocity:
+            final = velocity(x_t, t, c)
+    assert (earlier - final).abs().min() > 0
+    torch.testing.assert_close(together[[0, 3]], final[[0, 3]])
+    torch.testing.assert_close(together[[1, 2]], earlier[[1, 2]])
+    rollout = tdm.roll_out(run.embed(["a cross"] * 200), torch.randn(200, *x_t.shape[1:], generator=noise), noise)
+    assert set(tdm.draw(rollout, noise, points="earlier").index.tolist()) == {0, 1, 2}
+    assert set(tdm.draw(rollout, noise, points="final").index.tolist()) == {3}
 
 
 def test_resume_is_exact(tiny_config: Make):

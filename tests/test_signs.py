@@ -9,10 +9,14 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+from tdm_r1.config import load_recipe
 from tdm_r1.mini import sign_reader, signs, text, world, worlds
+from tdm_r1.mini.bundle import MODELS, bundle_path
 from tdm_r1.mini.task import MiniTask, SignTask
 from tdm_r1.rewards import load_reward
+from tdm_r1.sampling import FewStepModel
 from tdm_r1.tasks import Prompt
+from tdm_r1.trainer import Run
 
 
 def specs(n: int, seed: int = 0) -> list[dict]:
@@ -115,3 +119,25 @@ def test_metrics_of_fresh_renders(random_model: Path, monkeypatch):
     assert SignTask().metrics(images, other, 3)["read"] < 0.3
     assert "blur" not in [k for k, v in found.items() if np.isnan(v)]
     assert np.isnan(SignTask().metrics(np.full_like(images, 200), prompts, 3)["blur"])
+
+
+def test_the_bundled_student_obeys_imperfectly_and_legibly():
+    asked = specs(60, seed=3)
+    prompts = [signs.prompt_of(s) for s in asked]
+    images = FewStepModel("mini_signs", lora="mini_signs")(prompts)
+    scores = load_reward("ocr_line")(images, prompts, asked)
+    assert 0.35 < np.mean(scores.values) < 0.8
+    assert np.mean([r is not None and len(r.text) == signs.LENGTH for r in map(sign_reader.read, images)]) > 0.8
+
+
+def test_bundled_models_stay_small():
+    files = [f for name in MODELS for f in bundle_path(name).rglob("*") if f.is_file()]
+    assert sum(f.stat().st_size for f in files) < 25e6
+
+
+def test_the_recipe_of_signs_runs_and_looks_at_the_shapes_too(tmp_path: Path):
+    small = {"batch.prompts": 2, "batch.group": 4, "evaluation.prompts": 12, "evaluation.images_per_prompt": 2}
+    config = load_recipe("mini_ocr").override({"iterations": 1, "output": tmp_path, "evaluation.every": 0} | small)
+    last = Run(config).fit()
+    assert {"reward", "reward/exact", "read", "frechet", "mini/strict", "mini/frechet"} <= last.metrics.keys()
+    assert last.metrics["reward"] > 0.2

@@ -177,6 +177,11 @@ class RunConfig(BaseModel):
             raise ValueError(
                 f"surrogate.carried = {self.surrogate.carried}: adapters carry; set it to 0 with model.roles = full"
             )
+        if self.tdm.fake_scores == "two" and (self.sampler.steps < 2 or self.surrogate.reference == "fake"):
+            raise ValueError(
+                "tdm.fake_scores = two, one of them for x_0 alone: that needs sampler.steps >= 2 and a "
+                f"surrogate.reference other than fake; they are {self.sampler.steps} and {self.surrogate.reference}"
+            )
         given, name = self.task.prompts is not None, self.task.name
         if (name == "prompts" and not given) or (name in ("mini", "mini_signs") and given):
             raise ValueError(

@@ -24,7 +24,7 @@ from .backbones import BACKBONES, Conditioning, PipelineBackbone, guided
 from .config import RunConfig
 from .evaluation import Embedder
 from .roles import TRAINED, Role, Roles
-from .trainer import OWN_ROLES, cast_roles
+from .trainer import cast_roles, own_roles
 
 CLIP_TOKENS = 77  # SD3's pipeline pads to them; T5's are model.max_sequence_length
 PROMPT_TOKENS = 64  # of a prompt, where the model does not pad to a fixed length
@@ -129,7 +129,7 @@ def describe(found: Estimate) -> str:
 
 
 def _held(config: RunConfig, backbone: PipelineBackbone, teacher: PipelineBackbone | None, roles: Roles) -> dict:
-    own = OWN_ROLES[config.algorithm]
+    own = own_roles(config)
     hosts = [b.transformer for b in (backbone, teacher) if b is not None]
     owned = {role: roles.parameters(role) for role in own}
     adapters = {id(p) for parameters in owned.values() for p in parameters}
@@ -138,6 +138,7 @@ def _held(config: RunConfig, backbone: PipelineBackbone, teacher: PipelineBackbo
     settings = {
         Role.GENERATOR: config.tdm.generator,
         Role.FAKE: config.tdm.fake,
+        Role.FAKE_FINAL: config.tdm.fake,
         Role.SURROGATE: config.surrogate.optimizer,
     }
     return {

@@ -32,12 +32,13 @@ class Role(StrEnum):
     GENERATOR = "generator"  # theta: the few-step model
     GENERATOR_EMA = "generator_ema"  # what is evaluated and exported
     FAKE = "fake"  # s_fake: the score of the generator's own samples
+    FAKE_FINAL = "fake_final"  # s_fake of x_0 alone, where that is kept apart from the trajectory's other points
     SURROGATE = "surrogate"  # phi: the reward, a diffusion model
     SURROGATE_EMA = "surrogate_ema"  # phi averaged: the reward direction that is used
     REFERENCE = "reference"  # ref: EMA of phi, or phi's start
 
 
-TRAINED = (Role.GENERATOR, Role.FAKE, Role.SURROGATE)
+TRAINED = (Role.GENERATOR, Role.FAKE, Role.FAKE_FINAL, Role.SURROGATE)
 PHI = (Role.SURROGATE, Role.SURROGATE_EMA, Role.REFERENCE)  # the surrogate and its averages: weights of one kind
 
 
@@ -300,7 +301,7 @@ def lora_roles(
     """Every role but the teacher as a LoRA adapter, all starting at their backbone's own function.
 
     Args:
-        student: carries generator and fake score, and without ``teacher`` everything.
+        student: carries generator and fake scores, and without ``teacher`` everything.
         config: the adapters' configuration; they are all alike.
         roles: which roles to cast beside the teacher.
         teacher: a second backbone, for a student whose base weights differ; it carries surrogate and reference too.
@@ -332,9 +333,9 @@ def lora_roles(
 
 
 def _hosts(student: Backbone, teacher: Backbone | None, roles: tuple[Role, ...]) -> dict[Role, Backbone]:
-    """The backbone that each role starts from: the student's for generator and fake score, else the teacher's."""
+    """The backbone that each role starts from: the student's for generator and fake scores, else the teacher's."""
     other = teacher or student
-    return {role: student if "generator" in role or role is Role.FAKE else other for role in roles}
+    return {role: student if role.startswith(("generator", "fake")) else other for role in roles}
 
 
 def _own_transformer(host: Backbone) -> Seat:

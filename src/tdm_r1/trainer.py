@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from . import pictures
-from .algorithms.tdm import TDM
+from .algorithms.tdm import TDM, fake_roles
 from .algorithms.tdm_r1 import TDMR1
 from .backbones import PipelineBackbone, load_backbone
 from .checkpoint import load_state, save_state, write_text
@@ -39,10 +39,12 @@ from .roles import PHI, Carried, Role, Roles, full_roles, lora_roles
 from .tasks import Prompt, PromptFileTask, Task
 
 KEPT_CHECKPOINTS = 2
-OWN_ROLES = {
-    "tdm": (Role.GENERATOR, Role.GENERATOR_EMA, Role.FAKE),
-    "tdm_r1": (Role.GENERATOR, Role.GENERATOR_EMA, Role.FAKE, Role.SURROGATE, Role.SURROGATE_EMA, Role.REFERENCE),
-}
+
+
+def own_roles(config: RunConfig) -> tuple[Role, ...]:
+    """The roles that a run casts beside the teacher."""
+    below = (Role.GENERATOR, Role.GENERATOR_EMA, *fake_roles(config.tdm))
+    return below if config.algorithm == "tdm" else (*below, *PHI)
 
 
 def resolve_device(name: str) -> str:
@@ -107,7 +109,7 @@ def load_backbones(config: RunConfig) -> tuple[PipelineBackbone, PipelineBackbon
 def cast_roles(config: RunConfig, student: PipelineBackbone, teacher: PipelineBackbone | None) -> Roles:
     """The roles of a run on its backbones; ``teacher`` where it is not the student's."""
     torch.manual_seed(config.seed)  # peft initialises adapters from the global generator
-    own = OWN_ROLES[config.algorithm]
+    own = own_roles(config)
     if config.model.roles == "full":
         return full_roles(student, own, teacher=teacher)
     full = PHI if config.algorithm == "tdm_r1" and config.surrogate.weights == "full" else ()
@@ -120,7 +122,7 @@ def cast_roles(config: RunConfig, student: PipelineBackbone, teacher: PipelineBa
         teacher=teacher,
         full=full,
         merge=config.model.merge,
-        carried=dict.fromkeys((Role.GENERATOR, Role.GENERATOR_EMA, Role.FAKE), phi) if weight else None,
+        carried=dict.fromkeys((r for r in own if r not in PHI), phi) if weight else None,
     )
 
 
@@ -151,7 +153,7 @@ class Run:
             strength = config.model.student_lora_scale
             load_lora(self.roles, (Role.GENERATOR, Role.GENERATOR_EMA), student, self.lora, strength=strength)
         if fake:
-            load_lora(self.roles, (Role.FAKE,), fake, self.lora)
+            load_lora(self.roles, fake_roles(config.tdm), fake, self.lora)
         self.embed = Embedder(self.backbone)
         self.algorithm = self._algorithm()
         self.iteration = 0
@@ -369,7 +371,7 @@ class Run:
             "iteration": self.iteration,
             "seconds": self.seconds,
             "scored": self.scored,
-            "roles": {str(role): self.roles.state(role) for role in OWN_ROLES[self.config.algorithm]},
+            "roles": {str(role): self.roles.state(role) for role in own_roles(self.config)},
             "algorithm": self.algorithm.state(),
         }
         save_state(path, state)
@@ -380,7 +382,7 @@ class Run:
         """Goes back to a checkpoint, and drops what the log holds from after it."""
         state = load_state(path)
         self.iteration, self.seconds, self.scored = state["iteration"], state["seconds"], state["scored"]
-        for role in OWN_ROLES[self.config.algorithm]:
+        for role in own_roles(self.config):
             self.roles.load(role, state["roles"][str(role)])
         self.algorithm.load_state(state["algorithm"])
         rows = [json.dumps(row) for row in self._history() if row["iteration"] <= self.iteration]

@@ -54,6 +54,10 @@ class OptimizerConfig(BaseModel):
     )
 
 
+NoiseRange = Literal["to_noise", "interval"]
+Points = Literal["all", "earlier", "final"]  # of a trajectory: every x_{t_k}, those before x_0, x_0
+
+
 class TDMConfig(BaseModel):
     """Settings of TDM. Those of the mini recipes are measured in docs/log.md."""
 
@@ -64,8 +68,15 @@ class TDMConfig(BaseModel):
     fake_steps: int = Field(1, ge=1, description="Fake-score updates per generator update. Ours.")
     teacher_guidance: float = Field(3.0, ge=1, description="Guidance scale of the teacher, 1 for none. Ours.")
     generator_ema_decay: float = Field(0.98, ge=0, lt=1, description="Of the weights that are exported. Ours.")
-    noise_range: Literal["to_noise", "interval"] = Field(
-        "to_noise", description="t drawn in [t_k, 1) or in [t_k, t_{k+1}). A neighbour (TDM) has both."
+    fake_scores: Literal["one", "two"] = Field(
+        "one",
+        description="one: a fake score of all points of the trajectory (TDM). two: x_0 has its own, which sees what "
+        "the final samples alone have become. Ours, docs/method.md.",
+    )
+    noise_range: NoiseRange = Field(
+        "to_noise",
+        description="t of the fake score and the KL part, drawn in [t_k, 1) or in [t_k, t_{k+1}). A neighbour (TDM) "
+        "has both.",
     )
     normalizer_floor: float = Field(0.05, gt=0, description="Least value of DMD's normaliser. Ours.")
 
@@ -130,8 +141,10 @@ class TDM:
         self.config = config
         self.micro_batch = micro_batch
         self.optimizers = {
-            Role.GENERATOR: Optimizer(roles.parameters(Role.GENERATOR), config.generator, total=iterations),
-            Role.FAKE: Optimizer(roles.parameters(Role.FAKE), config.fake, total=iterations * config.fake_steps),
+            Role.GENERATOR: Optimizer(roles.parameters(Role.GENERATOR), config.generator, total=iterations)
+        } | {
+            fake: Optimizer(roles.parameters(fake), config.fake, total=iterations * config.fake_steps)
+            for fake in fake_roles(config)
         }
 
     def step(self, conditioning: Conditioning, x_1: Tensor, noise: torch.Generator) -> dict[str, float]:
@@ -151,15 +164,22 @@ class TDM:
 
     def fit_fake(self, rollout: Rollout, noise: torch.Generator) -> dict[str, float]:
         """Eq. 1: the fake score learns to denoise the generator's own samples, at all K steps."""
-        draw = self.draw(rollout, noise)
+        if self.config.fake_scores == "one":
+            return self._fit_fake(Role.FAKE, rollout, "all", noise)
+        order = torch.randperm(len(rollout), generator=noise).chunk(2)  # as many samples for x_0 as for the others
+        metrics = self._fit_fake(Role.FAKE, rollout.rows(order[0]), "earlier", noise)
+        return metrics | self._fit_fake(Role.FAKE_FINAL, rollout.rows(order[1]), "final", noise)
+
+    def _fit_fake(self, fake: Role, rollout: Rollout, points: Points, noise: torch.Generator) -> dict[str, float]:
+        draw = self.draw(rollout, noise, points=points, noise_range=self.config.noise_range)
         total = 0.0
-        with self.roles.use(Role.FAKE) as velocity:
+        with self.roles.use(fake) as velocity:
             for rows in self.micro_batches(len(rollout)):
                 v = velocity(draw.x_t[rows], draw.t[rows], rollout.conditioning.rows(rows))
                 loss = losses.denoising(v, draw.x_t[rows], draw.eps[rows], draw.s[rows], draw.t[rows])
                 (loss.sum() / len(rollout)).backward()
                 total += float(loss.detach().sum()) / len(rollout)
-        return {"fake/loss": total, "fake/grad_norm": self.optimizers[Role.FAKE].step()}
+        return {f"{fake}/loss": total, f"{fake}/grad_norm": self.optimizers[fake].step()}
 
     def fit_generator(
         self, rollout: Rollout, noise: torch.Generator, reward_part: RewardPart | None = None
@@ -167,7 +187,7 @@ class TDM:
         """Eq. 2 and 10: moves one step of every trajectory along the distribution-level KL, and the reward's part."""
         trajectory, n = rollout.trajectory, len(rollout)
         index = torch.randint(trajectory.steps, (n,), generator=noise).to(trajectory.final.device)
-        t = self._times(trajectory, index, noise)
+        t = self._times(trajectory, index, noise, noise_range=self.config.noise_range)
         eps, eps_step = (torch.randn(trajectory.final.shape, generator=noise).to(t.device) for _ in range(2))
         kl_size, reward_size, alignment, scale = 0.0, 0.0, 0.0, 0.0
         for rows in self.micro_batches(n):
@@ -189,7 +209,7 @@ class TDM:
                         eps_step[rows],
                     )
                     x_t = flow.renoise(x_next, eps[rows], t_next, t[rows])
-                    kl, x0_teacher = self._matching_direction(x_t, t[rows], c)
+                    kl, x0_teacher = self._matching_direction(x_t, t[rows], c, i)
                     reward = reward_part(x_t, t[rows], c) if reward_part else torch.zeros_like(kl)
                     norm = losses.magnitude(x0, x0_teacher, floor=self.config.normalizer_floor)
                     direction = (kl + reward) / flow.expand(norm, kl)
@@ -209,14 +229,27 @@ class TDM:
         self.roles.average(Role.GENERATOR_EMA, Role.GENERATOR, self.config.generator_ema_decay)
         return metrics
 
-    def _matching_direction(self, x_t: Tensor, t: Tensor, c: Conditioning) -> tuple[Tensor, Tensor]:
+    def _matching_direction(self, x_t: Tensor, t: Tensor, c: Conditioning, index: Tensor) -> tuple[Tensor, Tensor]:
         """Eq. 2's direction at (x_t, t), the teacher with its guidance; and the teacher's clean prediction."""
         with self.roles.use(Role.TEACHER) as velocity:
             teacher = guided(velocity, self.empty, self.config.teacher_guidance)
             x0_teacher = flow.x0_from_v(teacher(x_t, t, c), x_t, t)
-        with self.roles.use(Role.FAKE) as velocity:
-            x0_fake = flow.x0_from_v(velocity(x_t, t, c), x_t, t)
+        x0_fake = flow.x0_from_v(self.fake_velocity(x_t, t, c, index), x_t, t)
         return losses.distribution_matching(x0_fake, x0_teacher), x0_teacher
+
+    def fake_velocity(self, x_t: Tensor, t: Tensor, c: Conditioning, index: Tensor) -> Tensor:
+        """The fake score's velocity: of each sample by the one that knows its point of the trajectory, ``index``."""
+        if self.config.fake_scores == "one":
+            with self.roles.use(Role.FAKE) as velocity:
+                return velocity(x_t, t, c)
+        final = index == self.sampler.steps - 1
+        v = torch.empty_like(x_t)
+        for fake, knows in ((Role.FAKE, ~final), (Role.FAKE_FINAL, final)):
+            rows = knows.nonzero()[:, 0]
+            if len(rows):
+                with self.roles.use(fake) as velocity:
+                    v[rows] = velocity(x_t[rows], t[rows], c.rows(rows))
+        return v
 
     # -------------------------------------------------------------------------------------- drawing
 
@@ -226,20 +259,22 @@ class TDM:
         noise: torch.Generator,
         *,
         group_size: int = 1,
-        final: bool = False,
+        points: Points = "all",
+        noise_range: NoiseRange = "to_noise",
         time_range: tuple[float, float] = (0.0, 1.0),
     ) -> Draw:
         """Draws k, t >= t_k and noise for every sample, shared inside consecutive groups of ``group_size``.
 
-        ``final`` keeps to x_0, the trajectory's end; ``time_range`` narrows t.
+        ``points`` keeps to x_0, the trajectory's end, or to those before it; ``time_range`` narrows t.
         """
         n_groups = len(rollout) // group_size
         trajectory = rollout.trajectory
         device = trajectory.final.device  # drawn on the generator's device, the CPU: the same on every machine
-        first = trajectory.steps - 1 if final else 0
-        index = torch.randint(first, trajectory.steps, (n_groups,), generator=noise).to(device)
+        last = trajectory.steps - 1
+        low, high = {"all": (0, last), "earlier": (0, last - 1), "final": (last, last)}[points]
+        index = torch.randint(low, high + 1, (n_groups,), generator=noise).to(device)
         eps = torch.randn((n_groups, *trajectory.final.shape[1:]), generator=noise).to(device)
-        t = self._times(trajectory, index, noise, time_range)
+        t = self._times(trajectory, index, noise, noise_range=noise_range, time_range=time_range)
         index, t, eps = (a.repeat_interleave(group_size, 0) for a in (index, t, eps))
         s, x_s = trajectory.time(index + 1), trajectory.at(index + 1)
         return Draw(index, s, t, x_s, flow.renoise(x_s, eps, s, t), eps)
@@ -249,12 +284,14 @@ class TDM:
         trajectory: solvers.Trajectory,
         index: Tensor,
         noise: torch.Generator,
+        *,
+        noise_range: NoiseRange,
         time_range: tuple[float, float] = (0.0, 1.0),
     ) -> Tensor:
         """t >= t_k of each sample, where grid[index + 1] = t_k; kept off t_k itself and off 1, and inside
         ``time_range`` where t_k allows it."""
         low = trajectory.time(index + 1)
-        high = trajectory.time(index) if self.config.noise_range == "interval" else torch.ones_like(low)
+        high = trajectory.time(index) if noise_range == "interval" else torch.ones_like(low)
         low = torch.where(high > time_range[0], low.clamp_min(time_range[0]), low)
         high = torch.where(low < time_range[1], high.clamp_max(time_range[1]), high).clamp_max(TIME_MAX)
         return flow.uniform(len(index), low + 0.02 * (high - low), high, generator=noise)
@@ -269,6 +306,11 @@ class TDM:
     def load_state(self, state: dict) -> None:
         for role, optimizer in self.optimizers.items():
             optimizer.load_state(state[str(role)])
+
+
+def fake_roles(config: TDMConfig) -> tuple[Role, ...]:
+    """The roles that know the generator's own samples."""
+    return (Role.FAKE,) if config.fake_scores == "one" else (Role.FAKE, Role.FAKE_FINAL)
 
 
 def few_step_sample(

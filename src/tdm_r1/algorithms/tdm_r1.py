@@ -213,7 +213,7 @@ class TDMR1:
         for part in rows.split(self.tdm.micro_batch):
             x_t, t, c = draw.x_t[part], draw.t[part], rollout.conditioning.rows(part)
             v_ref = self._reference_velocity(x_t, t, c)
-            v_base = self._baseline_velocity(x_t, t, c, v_ref)
+            v_base = self._baseline_velocity(x_t, t, c, draw.index[part], v_ref)
             with self.roles.use(Role.SURROGATE) as velocity:
                 v_phi = velocity(x_t, t, c)
                 loss = losses.anchored_regression(
@@ -275,8 +275,7 @@ class TDMR1:
 
     def _draw(self, rollout: Rollout, noise: torch.Generator, group_size: int) -> Draw:
         c = self.config
-        final = c.points == "final"
-        return self.tdm.draw(rollout, noise, group_size=group_size, final=final, time_range=c.time_range)
+        return self.tdm.draw(rollout, noise, group_size=group_size, points=c.points, time_range=c.time_range)
 
     @torch.no_grad()  # reference and baseline are constants of the surrogate's loss
     def _frozen_velocity(self, role: Role, x_t: Tensor, t: Tensor, c: Conditioning) -> Tensor:
@@ -286,10 +285,11 @@ class TDMR1:
     def _reference_velocity(self, x_t: Tensor, t: Tensor, c: Conditioning) -> Tensor:
         return self._frozen_velocity(self._reference_role(), x_t, t, c)
 
-    def _baseline_velocity(self, x_t: Tensor, t: Tensor, c: Conditioning, v_ref: Tensor) -> Tensor:
+    @torch.no_grad()  # a constant of the surrogate's loss
+    def _baseline_velocity(self, x_t: Tensor, t: Tensor, c: Conditioning, index: Tensor, v_ref: Tensor) -> Tensor:
         """What the anchored targets are measured from; the preference loss knows the reference alone."""
         anchored = self.config.loss == "anchored" and self.config.baseline == "fake"
-        return self._frozen_velocity(Role.FAKE, x_t, t, c) if anchored else v_ref
+        return self.tdm.fake_velocity(x_t, t, c, index) if anchored else v_ref
 
     def _reference_role(self) -> Role:
         match self.config.reference:
@@ -332,7 +332,7 @@ class TDMR1:
         x_t, eps, s, t = draw.x_t[rows], draw.eps[rows], draw.s[rows], draw.t[rows]
         c = rollout.conditioning.rows(torch.arange(len(rollout))[rows])
         v_ref = self._reference_velocity(x_t, t, c)
-        v_base = self._baseline_velocity(x_t, t, c, v_ref)
+        v_base = self._baseline_velocity(x_t, t, c, draw.index[rows], v_ref)
         with self.roles.use(Role.SURROGATE_EMA) as velocity:
             v_phi = v_base + velocity(x_t, t, c) - v_ref  # phi's change, on top of what its targets start from
         implicit = losses.denoising(v_base, x_t, eps, s, t) - losses.denoising(v_phi, x_t, eps, s, t)

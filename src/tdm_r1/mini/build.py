@@ -47,14 +47,14 @@ def preset(name: str) -> MiniConfig:
     """How the bundled model ``name`` is made; that of shapes and signs goes on from the one of shapes."""
     if name == "mini":
         return MiniConfig()
-    shapes = {tag: round(0.6 * weight, 3) for tag, weight in PretrainConfig().task_weights.items()}
+    shapes = {tag: round(0.4 * weight, 3) for tag, weight in PretrainConfig().task_weights.items()}
     return MiniConfig(
         work=Path(f"runs/{name}_pretrain"),
         out=Path(f"runs/{name}_pretrain/model"),
         start=bundle.bundle_path("mini"),
         new_pictures=True,
         autoencoder=AutoencoderConfig(steps=1600, learning_rate=8e-4),
-        base=PretrainConfig(steps=3000, task_weights=shapes | {signs.TASK: 0.4}),
+        base=PretrainConfig(steps=3600, task_weights=shapes | {signs.TASK: 0.6}),
     )
 
 

@@ -28,7 +28,7 @@ MARGIN = 2  # px, least distance of a plate to the border
 
 # How often a training caption is wrong, and how (see `noisy_spec`). Ours. Wrong captions are few in kind, since
 # guidance sharpens: errors spread over many numbers would vanish in the guided base.
-NEXT, SWAPPED = 0.33, 0.27
+NEXT, SWAPPED = 0.25, 0.2
 
 
 @dataclass(frozen=True)
