@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ import torch
 from rich.progress import track
 
 from surrogate_signal import tdm_r1_of
+from tdm_r1.algorithms.tdm import Points
 from tdm_r1.config import load_recipe
 from tdm_r1.evaluation import Evaluation, Sampling
 from tdm_r1.mini.bundle import bundle_path
@@ -55,28 +55,25 @@ def measure(folder: Path, rate: str, updates: int, prompts: int) -> list[dict]:
     few = {"evaluation.prompts": prompts, "evaluation.images_per_prompt": 1}
     run = Run(config.override({"output": folder.parent, "name": folder.name} | changes | few))
     run.load(run.checkpoints()[-1])
-    if points == "final":
-        tdm = tdm_r1_of(run).tdm
-        tdm.draw = partial(tdm.draw, points="final")  # type: ignore[method-assign]
     evaluate = run.evaluator()
     generated = evaluate(run.few_step())
     rows = [described("generator", "", generated, generated)]
     for done in (0, updates):
         for update in track(range(done), f"fake score at {rate}"):
-            fit_fake(run, update)
+            fit_fake(run, update, "final" if points == "final" else "all")
         samples = evaluate(Sampling(Role.FAKE, 20, config.sampler.shift, guidance=1.0))
         rows.append(described(f"fake score, {done} updates", rate if done else "", samples, generated))
     return rows
 
 
-def fit_fake(run: Run, update: int) -> None:
-    """One update on fresh samples of the generator, as a run makes it."""
+def fit_fake(run: Run, update: int, points: Points) -> None:
+    """One update on fresh samples of the generator, as a run makes it, or at x_0 alone."""
     c, tdm = run.config, tdm_r1_of(run).tdm
     prompts = run.task.train_prompts(c.batch.prompts, numpy_rng(c.seed, update, "fake tracking"))
     conditioning = run.embed([p.text for p in prompts for _ in range(c.batch.group)])
     noise = torch_rng(c.seed, update, "fake tracking")
     x_1 = torch.randn((len(conditioning), *run.backbone.latent_shape), generator=noise)
-    tdm.fit_fake(tdm.roll_out(conditioning, x_1, noise), noise)
+    tdm.fit_fake_at(points, Role.FAKE, tdm.roll_out(conditioning, x_1, noise), noise)
 
 
 def described(what: str, rate: str, samples: Evaluation, generated: Evaluation) -> dict:

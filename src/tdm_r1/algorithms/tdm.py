@@ -163,14 +163,18 @@ class TDM:
         return Rollout(few_step_sample(self.roles, role, conditioning, x_1, self.sampler, noise), conditioning)
 
     def fit_fake(self, rollout: Rollout, noise: torch.Generator) -> dict[str, float]:
-        """Eq. 1: the fake score learns to denoise the generator's own samples, at all K steps."""
-        if self.config.fake_scores == "one":
-            return self._fit_fake(Role.FAKE, rollout, "all", noise)
-        order = torch.randperm(len(rollout), generator=noise).chunk(2)  # as many samples for x_0 as for the others
-        metrics = self._fit_fake(Role.FAKE, rollout.rows(order[0]), "earlier", noise)
-        return metrics | self._fit_fake(Role.FAKE_FINAL, rollout.rows(order[1]), "final", noise)
+        """Eq. 1: the fake score learns to denoise the generator's own samples, at all K steps.
 
-    def _fit_fake(self, fake: Role, rollout: Rollout, points: Points, noise: torch.Generator) -> dict[str, float]:
+        Where x_0 has a fake score of its own, each of the two learns from half of the samples.
+        """
+        if self.config.fake_scores == "one":
+            return self.fit_fake_at("all", Role.FAKE, rollout, noise)
+        earlier, final = torch.randperm(len(rollout), generator=noise).chunk(2)
+        metrics = self.fit_fake_at("earlier", Role.FAKE, rollout.rows(earlier), noise)
+        return metrics | self.fit_fake_at("final", Role.FAKE_FINAL, rollout.rows(final), noise)
+
+    def fit_fake_at(self, points: Points, fake: Role, rollout: Rollout, noise: torch.Generator) -> dict[str, float]:
+        """Eq. 1 for the fake score ``fake`` at ``points`` alone."""
         draw = self.draw(rollout, noise, points=points, noise_range=self.config.noise_range)
         total = 0.0
         with self.roles.use(fake) as velocity:

@@ -277,15 +277,12 @@ class TDMR1:
         c = self.config
         return self.tdm.draw(rollout, noise, group_size=group_size, points=c.points, time_range=c.time_range)
 
-    @torch.no_grad()  # reference and baseline are constants of the surrogate's loss
-    def _frozen_velocity(self, role: Role, x_t: Tensor, t: Tensor, c: Conditioning) -> Tensor:
-        with self.roles.use(role) as velocity:
+    @torch.no_grad()  # a constant of the surrogate's loss
+    def _reference_velocity(self, x_t: Tensor, t: Tensor, c: Conditioning) -> Tensor:
+        with self.roles.use(self._reference_role()) as velocity:
             return velocity(x_t, t, c)
 
-    def _reference_velocity(self, x_t: Tensor, t: Tensor, c: Conditioning) -> Tensor:
-        return self._frozen_velocity(self._reference_role(), x_t, t, c)
-
-    @torch.no_grad()  # a constant of the surrogate's loss
+    @torch.no_grad()  # so is the baseline
     def _baseline_velocity(self, x_t: Tensor, t: Tensor, c: Conditioning, index: Tensor, v_ref: Tensor) -> Tensor:
         """What the anchored targets are measured from; the preference loss knows the reference alone."""
         anchored = self.config.loss == "anchored" and self.config.baseline == "fake"
