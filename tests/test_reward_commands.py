@@ -88,6 +88,7 @@ def test_rewards_are_listed_with_their_state(capsys, monkeypatch):
     assert cli.main(["rewards"]) == 0
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert all(name in text for name in BUILT_IN)
+    assert "tdm-r1[far]" in "".join(text.split())  # not taken for a style of the terminal's
     assert state_of(BUILT_IN["far"]) == "lacks no_such_module: pip install 'tdm-r1[far]'"
     assert state_of(BUILT_IN["mini"]) == "ready"
     assert state_of(Entry("x", lambda: brightness, weights=("nobody/nothing",))).startswith("installed; downloads")

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
@@ -30,7 +31,7 @@ def list_rewards(console: Console) -> None:
     for title in ("what it scores", "state here", "licence"):
         table.add_column(title, overflow="fold")
     for name, entry in BUILT_IN.items():
-        table.add_row(name, entry.summary, state_of(entry), entry.licence)
+        table.add_row(name, entry.summary, escape(state_of(entry)), entry.licence)
     console.print(table)
     console.print("Also: your own as my_rewards.py:function, a scoring server's URL, and sums: 'ocr + 0.5*mini'.")
 
