@@ -79,7 +79,7 @@ def markdown(results: dict[str, list[dict]], floors: dict[str, float]) -> str:
 def curves(results: dict[str, list[dict]], floors: dict[str, float], path: Path) -> None:
     """Strict against the two held-out metrics that bind; a run that falls below its start leaves the picture."""
     colours = [colormaps["tab20"](i % 20) for i in range(len(results))]
-    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    figure = Figure(figsize=(12, 6), layout="constrained")
     FigureCanvasAgg(figure)
     for k, metric in enumerate(("frechet", "diversity")):
         axis = figure.add_subplot(1, 2, k + 1)
@@ -91,7 +91,7 @@ def curves(results: dict[str, list[dict]], floors: dict[str, float], path: Path)
         axis.axhline(start + floors[metric] * (1 if better(metric) == "down" else -1), color="grey", linestyle=":")
         axis.set_xlabel("strict")
         axis.set_ylabel(metric)
-    axis.legend(fontsize=7)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(path, dpi=80)
 
 
