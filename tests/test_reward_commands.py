@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from matplotlib.cbook import get_sample_data
+from PIL import Image, ImageFilter
 
 from reward_examples import IMAGES, SCORES, TEXTS, brightness, here
 from tdm_r1 import cli
@@ -32,6 +33,20 @@ def test_jpeg_rewards_are_the_file_size():
     assert up[0] < up[1]
     np.testing.assert_array_equal(up, -np.array(down))
     assert (up * 1000 == np.round(up * 1000)).all()  # kB
+
+
+def test_brisque_prefers_the_photograph():
+    pytest.importorskip("brisque")  # not among the requirements of development: it is compiled on installing
+    with get_sample_data("grace_hopper.jpg") as file:
+        photograph = np.asarray(Image.open(file).convert("RGB").resize((256, 256)))
+    noise = np.random.default_rng(0).normal(0, 40, photograph.shape)
+    noisy = (photograph + noise).clip(0, 255).astype(np.uint8)
+    blurred = np.asarray(Image.fromarray(photograph).filter(ImageFilter.GaussianBlur(3)))
+    flat = np.full_like(photograph, 128)
+    scores = load_reward("brisque")(np.stack([photograph, noisy, blurred, flat]), [""] * 4, [{}] * 4).values
+    assert scores[0] > -20
+    assert (scores[1:3] < scores[0] - 30).all()
+    assert np.isnan(scores[3])
 
 
 @pytest.fixture

@@ -18,7 +18,13 @@ class Brisque:
     def __init__(self) -> None:
         from brisque import BRISQUE
 
-        self.index = BRISQUE(url=False)
+        class Index(BRISQUE):
+            """brisque 0.2 makes floats of arrays of one element, which numpy 2.4 refuses."""
+
+            def scale_features(self, features: np.ndarray) -> np.ndarray:
+                return super().scale_features([np.asarray(f).item() for f in features])
+
+        self.index = Index(url=False)
 
     def __call__(self, images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> Scores:
         with np.errstate(all="ignore"):  # of pictures without texture, whose score is NaN
