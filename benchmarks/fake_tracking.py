@@ -2,7 +2,8 @@
 
 The KL part of the direction is only as good as the fake score. Its many-step samples are compared with the generator's
 own pictures of the same prompts, before and after updates in which the generator does not move, at several learning
-rates, on all points of the trajectories or on x_0 alone: if they come closer, the fake score had lagged.
+rates, on all points of the trajectories or on x_0 alone: if they come closer, the fake score had lagged. With
+`tdm.fake_scores = two` it is the fake score of x_0 that is looked at.
 
 Run: ``python benchmarks/fake_tracking.py RUN`` (a folder with a checkpoint of recipe `mini`'s kind; writes
 docs/results/fake_tracking.json and .md).
@@ -19,7 +20,7 @@ import torch
 from rich.progress import track
 
 from surrogate_signal import tdm_r1_of
-from tdm_r1.algorithms.tdm import Points
+from tdm_r1.algorithms.tdm import fake_roles
 from tdm_r1.config import load_recipe
 from tdm_r1.evaluation import Evaluation, Sampling
 from tdm_r1.mini.bundle import bundle_path
@@ -50,30 +51,35 @@ def main() -> None:
 def measure(folder: Path, rate: str, updates: int, prompts: int) -> list[dict]:
     """The generator, and its fake score before and after ``updates`` at ``rate``."""
     config = load_recipe(str(folder))
-    value, _, points = rate.partition(":")
+    value, colon, points = rate.partition(":")
+    if colon and points != "final":
+        raise SystemExit(f"--rates {rate}: give RATE, or RATE:final")
     changes = {"tdm.fake.learning_rate": float(value), "tdm.fake.decay_share": 0.0}
     few = {"evaluation.prompts": prompts, "evaluation.images_per_prompt": 1}
     run = Run(config.override({"output": folder.parent, "name": folder.name} | changes | few))
     run.load(run.checkpoints()[-1])
+    fake = fake_roles(config.tdm)[-1]
+    final = points == "final" or fake is Role.FAKE_FINAL
     evaluate = run.evaluator()
     generated = evaluate(run.few_step())
     rows = [described("generator", "", generated, generated)]
     for done in (0, updates):
         for update in track(range(done), f"fake score at {rate}"):
-            fit_fake(run, update, "final" if points == "final" else "all")
-        samples = evaluate(Sampling(Role.FAKE, 20, config.sampler.shift, guidance=1.0))
-        rows.append(described(f"fake score, {done} updates", rate if done else "", samples, generated))
+            fit_fake(run, update, fake, final=final)
+        samples = evaluate(Sampling(fake, 20, config.sampler.shift, guidance=1.0))
+        what = "fake score of x_0" if fake is Role.FAKE_FINAL else "fake score"
+        rows.append(described(f"{what}, {done} updates", rate if done else "", samples, generated))
     return rows
 
 
-def fit_fake(run: Run, update: int, points: Points) -> None:
-    """One update on fresh samples of the generator, as a run makes it, or at x_0 alone."""
+def fit_fake(run: Run, update: int, fake: Role, *, final: bool) -> None:
+    """One update on fresh samples of the generator, at all points of their trajectories or at x_0 alone."""
     c, tdm = run.config, tdm_r1_of(run).tdm
     prompts = run.task.train_prompts(c.batch.prompts, numpy_rng(c.seed, update, "fake tracking"))
     conditioning = run.embed([p.text for p in prompts for _ in range(c.batch.group)])
     noise = torch_rng(c.seed, update, "fake tracking")
     x_1 = torch.randn((len(conditioning), *run.backbone.latent_shape), generator=noise)
-    tdm.fit_fake_at(points, Role.FAKE, tdm.roll_out(conditioning, x_1, noise), noise)
+    tdm.fit_fake_at("final" if final else "all", fake, tdm.roll_out(conditioning, x_1, noise), noise)
 
 
 def described(what: str, rate: str, samples: Evaluation, generated: Evaluation) -> dict:

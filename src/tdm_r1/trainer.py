@@ -389,8 +389,8 @@ class Run:
         write_text(self.folder / "metrics.jsonl", "".join(row + "\n" for row in rows))
 
     def export(self, folder: Path) -> None:
-        """Writes the generator for plain diffusers: as a LoRA, with the fake score's for a later run beside it, or,
-        where roles have weights of their own, as a whole transformer."""
+        """Writes the generator for plain diffusers: as a LoRA, with the fake score's for a later run beside it (of two,
+        the earlier points'), or, where roles have weights of their own, as a whole transformer."""
         if self.config.model.roles == "full":
             self.roles.transformer(Role.GENERATOR_EMA).save_pretrained(folder / "transformer")
             return
