@@ -42,7 +42,8 @@ def main() -> None:
     args = parser.parse_args()
     measured = [measure(args.run, rate, args.updates, args.prompts) for rate in args.rates]
     rows = measured[0][:2] + [after for *_, after in measured]  # generator and fake score start alike at every rate
-    result = {"run": args.run.name, "updates": args.updates, "pictures": args.prompts, "rows": rows}
+    command = f"{args.run.name} --rates {' '.join(args.rates)} --updates {args.updates} --out {args.out}"
+    result = {"run": args.run.name, "command": command, "updates": args.updates, "pictures": args.prompts, "rows": rows}
     args.out.write_text(json.dumps(result, indent=1))
     args.out.with_suffix(".md").write_text(markdown(result))
     print(args.out.with_suffix(".md").read_text())
@@ -100,7 +101,7 @@ def markdown(result: dict) -> str:
     lines = [
         "# What the fake score knows of the generator",
         "",
-        f"Written by `python benchmarks/fake_tracking.py {result['run']} --updates {result['updates']}`: the run's",
+        f"Written by `python benchmarks/fake_tracking.py {result['command']}`: the run's",
         "generator is held while its fake score learns on, from all points of the trajectories or (final) from x_0",
         f"alone. {result['pictures']} pictures, the fake score's in 20 steps. Ground: mean and deviation over pictures",
         "of its grey level. Distance: Frechet, to the generator's own pictures.",
