@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -42,8 +44,13 @@ def main() -> None:
     args = parser.parse_args()
     measured = [measure(args.run, rate, args.updates, args.prompts) for rate in args.rates]
     rows = measured[0][:2] + [after for *_, after in measured]  # generator and fake score start alike at every rate
-    command = f"{args.run.name} --rates {' '.join(args.rates)} --updates {args.updates} --out {args.out}"
-    result = {"run": args.run.name, "command": command, "updates": args.updates, "pictures": args.prompts, "rows": rows}
+    result = {
+        "command": shlex.join(sys.argv[1:]),
+        "run": args.run.name,
+        "updates": args.updates,
+        "pictures": args.prompts,
+        "rows": rows,
+    }
     args.out.write_text(json.dumps(result, indent=1))
     args.out.with_suffix(".md").write_text(markdown(result))
     print(args.out.with_suffix(".md").read_text())

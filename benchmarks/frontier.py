@@ -91,7 +91,7 @@ def curves(results: dict[str, list[dict]], floors: dict[str, float], path: Path)
         axis.axhline(start + floors[metric] * (1 if better(metric) == "down" else -1), color="grey", linestyle=":")
         axis.set_xlabel("strict")
         axis.set_ylabel(metric)
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     figure.savefig(path, dpi=80)
 
 
