@@ -4,13 +4,16 @@ KL-regularised reinforcement aims at the start's distribution times exp(advantag
 pictures again with those weights shows that distribution without any training: what strict score it has, and what the
 reward's side effects cost in held-out metrics. A surrogate that is no better than the reward cannot do better.
 
-Run: ``python benchmarks/reward_tilt.py`` (writes docs/results/reward_tilt.json and reward_tilt.md).
+Run: ``python benchmarks/reward_tilt.py`` (writes docs/results/reward_tilt.json and reward_tilt.md);
+``--recipe mini_ocr --out docs/results/reward_tilt_signs.json`` for signs that an OCR reads.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +27,6 @@ from tdm_r1.roles import Role
 from tdm_r1.trainer import Run
 
 INVERSE_BETAS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
-SHOWN = ("strict", "soft", "cleanliness", "frechet", "diversity", "ground_noise")
 
 
 def main() -> None:
@@ -48,14 +50,21 @@ def main() -> None:
             drawn = tilted(advantages, inverse_beta, e.images_per_prompt, rng)
             pictures = np.take_along_axis(images, drawn[:, :, None, None, None], axis=1)
             metrics = run.task.metrics(pictures.reshape(-1, *images.shape[2:]), repeated, e.images_per_prompt)
-            found.append([metrics[name] for name in SHOWN])
-        means, deviations = np.mean(found, axis=0), np.std(found, axis=0, ddof=1)
+            overall = {name: value for name, value in metrics.items() if "/" not in name}
+            found.append({"reward": np.nanmean(np.take_along_axis(rewards, drawn, axis=1))} | overall)
+        columns = {name: [f[name] for f in found] for name in found[0]}
         rows.append(
             {"inverse_beta": inverse_beta}
-            | {name: round(float(m), 4) for name, m in zip(SHOWN, means, strict=True)}
-            | {f"{name}_deviation": round(float(d), 4) for name, d in zip(SHOWN, deviations, strict=True)}
+            | {name: round(float(np.mean(values)), 4) for name, values in columns.items()}
+            | {f"{name}_deviation": round(float(np.std(values, ddof=1)), 4) for name, values in columns.items()}
         )
-    result = {"recipe": args.recipe, "prompts": len(prompts), "samples": args.samples, "rows": rows}
+    result = {
+        "command": shlex.join(["python", *sys.argv]),
+        "recipe": args.recipe,
+        "prompts": len(prompts),
+        "samples": args.samples,
+        "rows": rows,
+    }
     args.out.write_text(json.dumps(result, indent=1))
     args.out.with_suffix(".md").write_text(markdown(result))
     print(args.out.with_suffix(".md").read_text())
@@ -83,20 +92,21 @@ def tilted(advantages: np.ndarray, inverse_beta: float, n: int, rng: np.random.G
 
 
 def markdown(result: dict) -> str:
+    shown = [name.removesuffix("_deviation") for name in result["rows"][0] if name.endswith("_deviation")]
     lines = [
         "# How far the reward itself allows to go",
         "",
-        f"Written by `python benchmarks/reward_tilt.py`: {result['samples']} pictures of each of {result['prompts']} "
-        "prompts by the",
+        f"Written by `{result['command']}`:",
+        f"{result['samples']} pictures of each of {result['prompts']} prompts by the",
         f"4-step student that recipe `{result['recipe']}` starts from, drawn again within each prompt with weights "
         "exp(advantage / beta).",
         "This is what reinforcement with a KL term aims at, without any training. Mean and deviation over draws.",
         "",
-        "| 1 / beta | " + " | ".join(SHOWN) + " |",
-        "|---|" + "---|" * len(SHOWN),
+        "| 1 / beta | " + " | ".join(shown) + " |",
+        "|---|" + "---|" * len(shown),
     ]
     for row in result["rows"]:
-        cells = [f"{row[name]:.3f} ± {row[f'{name}_deviation']:.3f}" for name in SHOWN]
+        cells = [f"{row[name]:.3f} ± {row[f'{name}_deviation']:.3f}" for name in shown]
         lines.append(f"| {row['inverse_beta']:g} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
