@@ -1,8 +1,7 @@
 """How far runs on the mini model got before a held-out metric fell: every evaluation of each run, and the curves.
 
 Run: ``python benchmarks/frontier.py "LABEL=runs/FOLDER" ...`` (writes docs/results/frontier.json, .md and .png). The
-noise floors are those of docs/results/mini.json. Runs with evaluations at the same prompts and noise alone compare. Labels
-say what differs from recipe `mini` as it was in the first of them: one fake score, scale 7, 120 iterations.
+noise floors are those of docs/results/mini.json. Runs with evaluations at the same prompts and noise alone compare.
 """
 
 from __future__ import annotations
@@ -61,8 +60,8 @@ def markdown(results: dict[str, list[dict]], floors: dict[str, float]) -> str:
         "# How far runs got with the held-out metrics kept",
         "",
         "Written by `python benchmarks/frontier.py LABEL=RUN ...` from evaluations of runs on the mini model; labels",
-        "say what differs from recipe `mini` as it was then (one fake score, scale 7, the generator averaged at .95, 120",
-        "iterations). The last column names what is worse than at the start by more than its noise floor",
+        "say what differs from recipe `mini` as it was then (one fake score, scale 7, the generator averaged at .95,",
+        "120 iterations). The last column names what is worse than at the start by more than its noise floor",
         "(`docs/results/mini.json`).",
         "",
         "![strict against Frechet distance and diversity](frontier.png)",
