@@ -46,14 +46,18 @@ def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], *, atol
     "changes",
     [
         {},
-        {"surrogate": {"loss": "preference", "reference": "dynamic", "weights": "lora", "ema_decay": 0.9}},
+        {
+            "surrogate": {"loss": "preference", "reference": "dynamic", "weights": "lora", "ema_decay": 0.9},
+            "tdm": {"fake_scores": "one"},
+        },
         {
             "surrogate": {"loss": "preference", "trust_region": "anchor", "reference": "fake"},
+            "tdm": {"fake_scores": "one"},
             "balance": {"policy": "ratio"},
         },
         {"surrogate": {"loss": "preference", "trust_region": "clip"}, "sampler": {"solver": "dpm"}},
         {"sampler": {"solver": "stochastic"}, "tdm": {"noise_range": "interval", "fake_scores": "two"}},
-        {"algorithm": "tdm", "batch": {"group": 1}},
+        {"algorithm": "tdm", "batch": {"group": 1}, "tdm": {"fake_scores": "one"}},
         {"surrogate": {"weights": "lora"}},
         {"model": {"roles": "full"}, "surrogate": {"carried": 0.0}},
     ],
