@@ -46,6 +46,7 @@ def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], *, atol
     "changes",
     [
         {},
+        {"tdm": {"fake_scores": "one"}},
         {
             "surrogate": {"loss": "preference", "reference": "dynamic", "weights": "lora", "ema_decay": 0.9},
             "tdm": {"fake_scores": "one"},
@@ -61,7 +62,7 @@ def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], *, atol
         {"surrogate": {"weights": "lora"}},
         {"model": {"roles": "full"}, "surrogate": {"carried": 0.0}},
     ],
-    ids=["anchored", "paper", "fake-ratio", "clip-dpm", "stochastic", "tdm", "lora", "full"],
+    ids=["anchored", "one-fake-score", "paper", "fake-ratio", "clip-dpm", "stochastic", "tdm", "lora", "full"],
 )
 def test_every_variant_trains_every_role_it_should(tiny_config: Make, changes: dict):
     run = Run(tiny_config(**changes))
