@@ -180,7 +180,8 @@ class RunConfig(BaseModel):
         if self.tdm.fake_scores == "two" and (self.sampler.steps < 2 or self.surrogate.reference == "fake"):
             raise ValueError(
                 "tdm.fake_scores = two, one of them for x_0 alone: that needs sampler.steps >= 2 and a "
-                f"surrogate.reference other than fake; they are {self.sampler.steps} and {self.surrogate.reference}"
+                f"surrogate.reference other than fake; they are {self.sampler.steps} and {self.surrogate.reference}. "
+                "Change them, or set tdm.fake_scores to one"
             )
         given, name = self.task.prompts is not None, self.task.name
         if (name == "prompts" and not given) or (name in ("mini", "mini_signs") and given):
