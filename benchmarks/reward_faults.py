@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import re
+import sys
 import threading
 import time
 import zlib
@@ -70,6 +71,18 @@ def dies(images, prompts, metadata):
     return healthy(images, prompts, metadata)
 
 
+def dies_later(images, prompts, metadata):
+    if struck(images, metadata):
+        threading.Timer(0.05, os._exit, (9,)).start()
+    return healthy(images, prompts, metadata)
+
+
+def exits(images, prompts, metadata):
+    if struck(images, metadata):
+        sys.exit(1)
+    return healthy(images, prompts, metadata)
+
+
 def nan(images, prompts, metadata):
     scores = healthy(images, prompts, metadata)
     lost = [struck(images[i : i + 1], metadata[i : i + 1]) for i in range(len(images))]
@@ -103,10 +116,15 @@ class BadServer(BaseHTTPRequestHandler):
             if self.manner == "drops the connection":
                 return
             body = b"<html>Bad gateway</html>"
+            if self.manner == "dribbles its answer":
+                body = b" " * 100_000
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body)
+        for start in range(0, len(body), 1000):
+            self.wfile.write(body[start : start + 1000])
+            if len(body) == 100_000:
+                time.sleep(0.2)
 
     def log_message(self, format: str, *args: Any) -> None: ...
 
@@ -216,6 +234,8 @@ def main() -> None:
         ("returns the wrong length for some batches", "2 worker processes", wrong_length),
         ("hangs", "2 worker processes", hangs),
         ("dies by signal 11", "2 worker processes", dies),
+        ("dies after answering", "2 worker processes", dies_later),
+        ("calls sys.exit", "this process", exits),
         ("raises always", "this process", always_raises),
         ("is constant", "this process", constant),
     ]
@@ -224,7 +244,7 @@ def main() -> None:
         for fault, place, function in cases:
             rows.append(measure(fault, place, f"{__file__}:{function.__name__}", Path(folder)))
             print(rows[-1], flush=True)
-        for manner in ("is slow", "drops the connection", "answers garbage"):
+        for manner in ("is slow", "dribbles its answer", "drops the connection", "answers garbage"):
             server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bad", (BadServer,), {"manner": manner}))
             server.handle_error = lambda *_: None  # type: ignore[method-assign]  # the client left: as planned
             threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
+import threading
 import time
+from pathlib import Path
 
 import numpy as np
 
@@ -38,8 +41,33 @@ def hangs_on_three(images, prompts, metadata):
     return brightness(images, prompts, metadata)
 
 
+def dies_between_batches(images, prompts, metadata):
+    threading.Timer(0.3, os._exit, (1,)).start()
+    return brightness(images, prompts, metadata)
+
+
+def exits(images, prompts, metadata):
+    sys.exit(3)
+
+
 def refuses(images, prompts, metadata):
     raise UserError("prompt 0 has no target")
+
+
+def loads_once(name):
+    """As `registry.load_reward`, in one process alone: later ones find the file that ``name`` names."""
+    if Path(name).exists():
+        raise OSError("no memory is left")
+    Path(name).touch()
+    return dies_on_two
+
+
+def loads_for_ever(name):
+    time.sleep(600)
+
+
+def dies_loading(name):
+    os._exit(1)
 
 
 def here(name: str) -> str:

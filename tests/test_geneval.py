@@ -115,6 +115,22 @@ def test_the_whole_path_of_geneval_on_random_models(detector: str, clip: str):
     assert all(c in COLORS for c in colors(IMAGES[0], found[0][:3]))
     with pytest.raises(UserError, match="lacks GenEval's metadata"):
         reward(IMAGES[:1], ["a cat"], [{}])
+    coco = {"tag": "single_object", "include": [{"class": "mouse", "count": 1}]}  # GenEval calls it a computer mouse
+    with pytest.raises(UserError, match="class = 'mouse' is none of GenEval's 80"):
+        reward(IMAGES[:1], ["a mouse"], [coco])
+
+
+def test_colours_of_objects_that_are_few_pixels_high(clip: str):
+    """A crop of 3 rows has its colours last, as any other."""
+    image = np.zeros((16, 16, 3), np.uint8)
+    image[4:7] = (255, 0, 0)
+    mask = np.zeros((16, 16), bool)
+    mask[4:7] = True
+    inner = ClipColors(clip).clip
+    crop = cut_out(image, Detection("cat", 1.0, (0.0, 4.0, 16.0, 7.0), mask))
+    assert crop.shape == (3, 16, 3)
+    tall = np.repeat(crop, 5, axis=0)
+    torch.testing.assert_close(inner.embed_images([crop]), inner.embed_images([tall]), atol=1e-4, rtol=1e-3)
 
 
 # ------------------------------------------------------------------------------------------ prompts

@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from transformers import BlipTextConfig, BlipVisionConfig, CLIPModel
 
 from tdm_r1.errors import UserError
+from tdm_r1.rewards.clip import fitted
 from tdm_r1.rewards.image_reward import DEVIATION, MEAN, ImageReward, ImageRewardNetwork
 from tdm_r1.rewards.open_clip import to_transformers
 from tdm_r1.rewards.preference import Aesthetic, CLIPScore, HPSv2, LinearHead, PickScore, plain_tensors
@@ -140,6 +142,16 @@ def test_hps_is_the_open_clip_network_under_other_names(clip: str, tmp_path: Pat
     expected = nn.functional.cosine_similarity(a, b).double().numpy()
     scores = HPSv2("2.1", clip, tmp_path / "hps.pt")(IMAGES, texts, [{}] * 3)
     np.testing.assert_allclose(scores, expected, atol=1e-5)
+
+
+def test_hps_sees_the_whole_picture():
+    """As open_clip's ResizeMaxSize: the longest side fits, black fills the rest."""
+    wide = Image.fromarray(np.full((20, 80, 3), 200, np.uint8))
+    square = np.asarray(fitted(wide, 40))
+    assert square.shape == (40, 40, 3)
+    assert (square[15:25] == 200).all()
+    assert (square[:15] == 0).all()
+    assert (square[25:] == 0).all()
 
 
 def test_unknown_names_are_refused():

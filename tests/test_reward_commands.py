@@ -15,8 +15,9 @@ from PIL import Image, ImageFilter
 
 from reward_examples import IMAGES, SCORES, TEXTS, brightness, here
 from tdm_r1 import cli
+from tdm_r1.errors import UserError
 from tdm_r1.rewards import BUILT_IN, load_reward
-from tdm_r1.rewards.commands import picture_files, prompts_of, state_of
+from tdm_r1.rewards.commands import is_cached, picture_files, prompts_of, state_of
 from tdm_r1.rewards.registry import Entry
 
 
@@ -73,8 +74,42 @@ def test_score_a_folder(folder: Path, capsys):
 def test_prompts_go_with_pictures_by_name(folder: Path, tmp_path: Path):
     rows = [{"file": f"{i:02d}.png", "prompt": TEXTS[i], "i": 10 * i} for i in reversed(range(6))]
     (tmp_path / "p.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
-    found = prompts_of(picture_files(folder), tmp_path / "p.jsonl")
+    found = prompts_of(folder, picture_files(folder), tmp_path / "p.jsonl")
+    assert found is not None
     assert [(p.text, p.metadata["i"]) for p in found] == [(t, 10 * i) for i, t in enumerate(TEXTS)]
+
+
+@pytest.fixture
+def geneval_layout(tmp_path: Path) -> Path:
+    for i in range(2):
+        (tmp_path / f"{i:05d}/samples").mkdir(parents=True)
+        row = {"tag": "single_object", "include": [{"class": "cat", "count": 1}], "prompt": f"prompt {i}"}
+        (tmp_path / f"{i:05d}/metadata.jsonl").write_text(json.dumps(row))
+        for k in range(2):
+            Image.fromarray(IMAGES[2 * i + k]).save(tmp_path / f"{i:05d}/samples/{k:04d}.png")
+    return tmp_path
+
+
+def test_pictures_of_one_name_are_told_apart(geneval_layout: Path):
+    files = picture_files(geneval_layout)
+    names = [f.relative_to(geneval_layout).as_posix() for f in files]
+    rows = geneval_layout / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps({"file": name, "prompt": name}) for name in reversed(names)))
+    assert [p.text for p in prompts_of(geneval_layout, files, rows) or []] == names
+    rows.write_text(json.dumps({"file": "0000.png", "prompt": "which?"}))
+    with pytest.raises(UserError, match=r"no row with file = '00000/samples/0000\.png'"):
+        prompts_of(geneval_layout, files, rows)
+    rows.write_text("\n".join([json.dumps({"file": names[0], "prompt": "a"})] * 2))
+    with pytest.raises(UserError, match="two rows with file"):
+        prompts_of(geneval_layout, files, rows)
+
+
+def test_genevals_layout_brings_its_prompts(geneval_layout: Path, capsys):
+    out = geneval_layout / "scores.jsonl"
+    assert cli.main(["score", str(geneval_layout), "--reward", here("brightness"), "--out", str(out)]) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [r["prompt"] for r in rows] == ["prompt 0", "prompt 0", "prompt 1", "prompt 1"]
+    assert rows[3]["file"] == "00001/samples/0001.png"
 
 
 @pytest.mark.parametrize(
@@ -84,11 +119,14 @@ def test_prompts_go_with_pictures_by_name(folder: Path, tmp_path: Path):
         (["{}", "--prompts", "{}/two.txt"], "has 2 prompts for 6 pictures: give a line each"),
         (["{}", "--prompts", "{}/some.jsonl"], "has no row with file = '01.png'"),
         (["{}", "--reward", "far"], "reward = 'far' is not known"),
-        (["{}", "--reward", "ocr"], "has no text to show"),
+        (["{}", "--reward", "ocr"], "reward = 'ocr' looks at prompts: give --prompts"),
+        (["{}", "--reward", "jpeg_compressibility + 0.1*pickscore"], "reward = 'pickscore' looks at prompts"),
+        (["{}", "--reward", "ocr", "--prompts", "{}/six.txt"], "has no text to show"),
     ],
 )
 def test_score_errors_are_one_line(folder: Path, args: list[str], message: str, capsys):
     (folder / "two.txt").write_text("a\nb\n")
+    (folder / "six.txt").write_text("a sign\n" * 6)
     (folder / "some.jsonl").write_text('{"file": "00.png", "prompt": "a"}\n')
     args = [a.format(folder) for a in args]
     rest = [] if "--reward" in args else ["--reward", here("brightness")]
@@ -107,6 +145,19 @@ def test_rewards_are_listed_with_their_state(capsys, monkeypatch):
     assert state_of(BUILT_IN["far"]) == "lacks no_such_module: pip install 'tdm-r1[far]'"
     assert state_of(BUILT_IN["mini"]) == "ready"
     assert state_of(Entry("x", lambda: brightness, weights=("nobody/nothing",))).startswith("installed; downloads")
+    monkeypatch.delenv("NO_SUCH_KEY", raising=False)
+    assert state_of(Entry("x", lambda: brightness, environment=("NO_SUCH_KEY",))) == "installed; set NO_SUCH_KEY"
+
+
+def test_weights_are_ready_when_the_very_file_is_there(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    snapshot = tmp_path / "models--xswu--HPSv2/snapshots/abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "README.md").touch()
+    assert not is_cached("xswu/HPSv2")
+    (snapshot / "HPS_v2_compressed.pt").touch()
+    assert is_cached("xswu/HPSv2:HPS_v2_compressed.pt")
+    assert not is_cached("xswu/HPSv2:HPS_v2.1_compressed.pt")
 
 
 LIGHT = """

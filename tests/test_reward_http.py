@@ -10,15 +10,17 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
-from reward_examples import GREYS, IMAGES, METADATA, PROMPTS, SCORES, TEXTS, brightness, raises, refuses
+from reward_examples import GREYS, IMAGES, METADATA, PROMPTS, SCORES, TEXTS, brightness, here, raises, refuses
 from tdm_r1.errors import UserError
-from tdm_r1.rewards import Scorer, Scores, ScoringConfig
+from tdm_r1.rewards import Scorer, Scores, ScoringConfig, load_reward
 from tdm_r1.rewards.http import RemoteReward, RewardServer, decode_image, encode_image
 from tdm_r1.rewards.scores import checked
+from tdm_r1.rewards.workers import Workers
 
 
 @pytest.fixture
@@ -87,7 +89,8 @@ def test_failures_and_refusals_of_the_served_reward_reach_the_client(serve):
         (b"{}", 422, "no 'images'"),
         (json.dumps({"images": ["AAAA"], "prompts": ["a"]}).encode(), 422, "cannot be read"),
         (json.dumps({"images": [encode_image(IMAGES[0])], "prompts": []}).encode(), 422, "1 images, 0 prompts"),
-        (json.dumps({"images": [{"shape": [9999999, 9, 3], "data": ""}], "prompts": [""]}).encode(), 422, "at most"),
+        (json.dumps({"images": [{"shape": [99999999, 9, 3], "data": ""}], "prompts": [""]}).encode(), 422, "may hold"),
+        (b'{"images": [{"shape": [Infinity, 9, 3], "data": ""}], "prompts": [""]}', 422, "cannot be read"),
         (b"x" * 3000, 413, "over the limit of 2000"),
     ],
 )
@@ -96,6 +99,62 @@ def test_the_server_refuses_what_it_cannot_read(serve, body: bytes, status: int,
     code, answer = post(url, body)
     assert code == status
     assert message in answer["error"]
+
+
+def test_pictures_of_a_request_are_limited_together(serve, monkeypatch):
+    """A PNG of one colour is small however large it is."""
+    monkeypatch.setattr("tdm_r1.rewards.http.MAX_PIXELS", 5 * 64)
+    url = serve(brightness).url
+    for n, status in ((5, 200), (6, 422)):
+        images = [encode_image(IMAGES[5])] * n
+        body = json.dumps({"images": images, "prompts": [""] * n}).encode()
+        code, answer = post(url, body)
+        assert code == status, answer
+
+
+def test_only_so_many_requests_wait(serve):
+    go = threading.Event()
+    server = serve(lambda images, prompts, metadata: (go.wait(10), brightness(images, prompts, metadata))[1])
+    server.places = threading.BoundedSemaphore(1)
+    first = RemoteReward(server.url, timeout=20, chunk=6)
+    with ThreadPoolExecutor(1) as pool:
+        scored = pool.submit(first, IMAGES, TEXTS, METADATA)
+        while server.places._value:
+            time.sleep(0.01)
+        late = RemoteReward(server.url, timeout=20, chunk=6)(IMAGES, TEXTS, METADATA)
+        go.set()
+        np.testing.assert_allclose(scored.result().values, SCORES)
+    assert "answered 503: 32 requests are waiting" in late.failures[0]
+
+
+def test_requests_at_once_may_wait_for_each_other(serve):
+    """A server scores one request at a time: three of half a second need more than one second."""
+
+    def slow(images, prompts, metadata):
+        time.sleep(0.5)
+        return brightness(images, prompts, metadata)
+
+    scores = RemoteReward(serve(slow).url, timeout=1, chunk=2, connections=3)(IMAGES, TEXTS, METADATA)
+    np.testing.assert_allclose(scores.values, SCORES)
+
+
+def test_a_served_reward_that_hangs_is_started_again(serve):
+    workers = Workers(here("hangs_on_three"), load_reward, processes=1, timeout=2.0, chunk=100)
+    try:
+        workers.start()
+        remote = RemoteReward(serve(workers).url, timeout=30, chunk=3)
+        scores = remote(IMAGES, TEXTS, METADATA)
+        np.testing.assert_allclose(scores.values, [*SCORES[:3], *[math.nan] * 3])
+        np.testing.assert_allclose(remote(IMAGES[:3], TEXTS[:3], METADATA[:3]).values, SCORES[:3])
+    finally:
+        workers.close()
+
+
+def test_a_proxy_has_no_business_with_this_machine(serve, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    remote = RemoteReward(serve(brightness).url, timeout=10, chunk=6)
+    np.testing.assert_allclose(remote(IMAGES, TEXTS, METADATA).values, SCORES)
 
 
 def test_the_token(serve, monkeypatch):
@@ -126,7 +185,14 @@ class Misbehaving(http.server.BaseHTTPRequestHandler):
         if self.manner == "slow":
             time.sleep(3)
         body = b'{"scores": [1.0]}' if self.manner == "short" else b"<html>it works</html>"
-        if self.manner != "drop":
+        if self.manner == "dribble":
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            for _ in range(100):
+                self.wfile.write(b" ")
+                time.sleep(0.1)
+        elif self.manner != "drop":
             self.send_response(500 if self.manner == "error" else 200)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -141,6 +207,7 @@ class Misbehaving(http.server.BaseHTTPRequestHandler):
         ("garbage", "JSONDecodeError"),
         ("short", "scores of shape (1,) for 6 pictures"),
         ("slow", "timed out"),
+        ("dribble", "no whole answer within 2 seconds"),
         ("drop", "closed connection"),
         ("error", "answered 500"),
         ("gone", "refused"),

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from reward_examples import IMAGES, METADATA, PROMPTS, SCORES, TEXTS, here, raises, refuses
+from reward_examples import (
+    IMAGES,
+    METADATA,
+    PROMPTS,
+    SCORES,
+    TEXTS,
+    dies_loading,
+    exits,
+    here,
+    loads_for_ever,
+    loads_once,
+    raises,
+    refuses,
+)
 from tdm_r1.errors import UserError
 from tdm_r1.rewards import Scorer, Scores, ScoringConfig, Watch, load_reward
 from tdm_r1.rewards.scorer import Term, parse, standardised
@@ -31,6 +45,7 @@ def test_users_own_reward(tmp_path: Path):
     [
         ([None, 0.5, 1], [math.nan, 0.5, 1.0]),
         (np.array([math.inf, -math.inf, 2.0]), [math.nan, math.nan, 2.0]),
+        (np.array([1e39, -1e39, 3e38]), [math.nan, math.nan, 3e38]),  # training is in float32
         (Scores(np.array([1.0, math.nan, 3.0]), {"a": np.array([0.0, 1.0, 2.0])}), [1.0, math.nan, 3.0]),
     ],
 )
@@ -56,6 +71,7 @@ def test_what_goes_wrong_costs_its_scores_and_is_told():
     assert np.isnan(scores.values).all()
     assert len(scores.failures) == 1
     assert scores.failures[0].startswith("RuntimeError: out of memory (reward_examples.py:")
+    assert attempt(exits, IMAGES, TEXTS, METADATA).failures[0].startswith("SystemExit: 3")
     with pytest.raises(UserError, match="no target"):  # wrong input is not a failure that passes
         attempt(refuses, IMAGES, TEXTS, METADATA)
 
@@ -146,6 +162,11 @@ def test_a_reward_without_differences_stops_the_run():
     with pytest.raises(UserError, match=r"apart in 10 batches \(it lay between 0 and 1"):
         watch(flat, 2)
     watch = Watch()
+    for _ in range(9):
+        watch(Scores(0.5 + 1e-9 * np.arange(4.0)), 2)
+    with pytest.raises(UserError, match="no two pictures"):  # rounding tells nothing, nor do groups without a score
+        watch(Scores(np.array([math.nan, math.nan, 0.5, 0.5 + 1e-9])), 2)
+    watch = Watch()
     watch(Scores(np.arange(4.0)), 2)
     for _ in range(20):  # once it told something, saturation is no mistake
         watch(flat, 2)
@@ -183,3 +204,55 @@ def test_workers_say_why_a_reward_cannot_be_loaded():
             workers(IMAGES, TEXTS, METADATA)
     finally:
         workers.close()
+
+
+def test_a_worker_that_dies_between_batches_is_replaced():
+    workers = Workers(here("dies_between_batches"), load_reward, processes=1, timeout=20.0, chunk=6)
+    try:
+        np.testing.assert_allclose(workers(IMAGES, TEXTS, METADATA).values, SCORES)
+        time.sleep(1.5)  # the pool has noticed
+        np.testing.assert_allclose(workers(IMAGES, TEXTS, METADATA).values, SCORES)
+    finally:
+        workers.close()
+
+
+def test_a_replacement_that_cannot_be_loaded_costs_samples_not_the_run(tmp_path: Path):
+    workers = Workers(str(tmp_path / "loaded"), loads_once, processes=1, timeout=20.0, chunk=2)
+    try:
+        scores = workers(IMAGES, TEXTS, METADATA)
+        (tmp_path / "loaded").unlink()  # mended
+        again = workers(IMAGES[:2], TEXTS[:2], METADATA[:2])
+    finally:
+        workers.close()
+    np.testing.assert_allclose(scores.values, [*SCORES[:2], *[math.nan] * 4])
+    assert [why.split(":")[0] for why in scores.failures] == [
+        "the worker process died (exit code -9)",
+        "a new worker could not load the reward",
+    ]
+    np.testing.assert_allclose(again.values, SCORES[:2])
+
+
+@pytest.mark.parametrize(
+    ("load", "why"),
+    [
+        (loads_for_ever, "no worker was ready within 3 seconds"),
+        (dies_loading, "died before they had anything to score"),
+    ],
+)
+def test_loading_that_hangs_or_dies_is_told(load, why: str):
+    workers = Workers("x", load, processes=1, timeout=1.0, chunk=6, load_timeout=2.0)
+    try:
+        scores = workers(IMAGES, TEXTS, METADATA)
+        with pytest.raises(UserError, match="could not be loaded"):
+            workers.start()
+    finally:
+        workers.close()
+    assert np.isnan(scores.values).all()
+    assert why in scores.failures[0]
+
+
+def test_batches_are_scored_at_once_where_no_reward_is_in_this_process():
+    assert Scorer(here("brightness"), ScoringConfig()).parallel == 1
+    assert Scorer(here("brightness"), ScoringConfig(workers=3)).parallel == 3
+    assert Scorer("mini", ScoringConfig(workers=3), reward=raises).parallel == 1
+    assert Scorer("http://127.0.0.1:1", ScoringConfig(workers=2)).parallel == 2

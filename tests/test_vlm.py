@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tdm_r1.errors import UserError
 from tdm_r1.rewards.vlm import VLMJudge, final_score
 
 
@@ -23,6 +24,8 @@ from tdm_r1.rewards.vlm import VLMJudge, final_score
         ("Final score: 3.5 of 5", 3.5),
         ("Final Score: **2**", 2.0),
         ("Final Score: 1\nOn reflection.\nFinal Score: 5", 5.0),
+        ("Final Score: 4/5", 4.0),
+        ("Final Score: 4/10", None),
         ("Final Score: 7", None),
         ("Final Score: 0", None),
         ("Final Score: -3", None),
@@ -52,6 +55,9 @@ class Judge(http.server.BaseHTTPRequestHandler):
         if grey == 255 or kind != "data:image/png" or request["model"] != "judge-7b":
             self.answer(500, {"error": {"message": "out of memory"}})
             return
+        if grey == 102:  # nothing to choose from
+            self.answer(200, {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": []})
+            return
         text = "I cannot tell." if grey == 0 else f"Fine.\nFinal Score: {grey / 51:g}"
         message = {"role": "assistant", "content": text}
         choice = {"index": 0, "finish_reason": "stop", "message": message}
@@ -79,12 +85,20 @@ def url() -> Iterator[str]:
 
 def test_a_judge_scores_pictures(url: str, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "none")
-    images = np.stack([np.full((8, 8, 3), v, np.uint8) for v in (51, 0, 204, 255)])
+    images = np.stack([np.full((8, 8, 3), v, np.uint8) for v in (51, 0, 204, 255, 102)])
     judge = VLMJudge(base_url=url)
     judge.client = judge.client.with_options(max_retries=0)
-    scores = judge(images, ["a cat", "{curly} braces", "a dog", "a cow"], [{}] * 4)
+    scores = judge(images, ["a cat", "{curly} braces", "a dog", "a cow", "a hen"], [{}] * 5)
     judge.client.close()
-    np.testing.assert_array_equal(scores.values, [1.0, np.nan, 4.0, np.nan])
+    np.testing.assert_array_equal(scores.values, [1.0, np.nan, 4.0, np.nan, np.nan])
     assert "no score in the judge's answer: 'I cannot tell.'" in scores.failures
     assert any("out of memory" in why for why in scores.failures)
-    assert sorted(t.split('"')[1] for t in Judge.asked) == ["a cat", "a cow", "a dog", "{curly} braces"]
+    assert any(why.startswith("IndexError") for why in scores.failures)
+    assert sorted(t.split('"')[1] for t in Judge.asked) == ["a cat", "a cow", "a dog", "a hen", "{curly} braces"]
+
+
+def test_a_judge_without_a_key_says_what_to_set(monkeypatch):
+    for name in ("OPENAI_API_KEY", "OPENAI_ADMIN_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match="OPENAI_API_KEY"):
+        VLMJudge()

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tyro
 from tyro.conf import Positional
@@ -27,13 +28,22 @@ class Sample:
     model: str = "mini"
     """'mini', 'mini_signs', a hub id or a pipeline folder."""
     lora: str | None = None
-    """A LoRA folder, such as runs/mini/lora; with a mini model the default is its bundled 4-step student."""
+    """A LoRA folder or hub id, such as runs/mini/lora; with @0.125 behind it where its publisher loads it at such a
+    strength. With a mini model the default is its bundled 4-step student."""
     images: int = 4
     """Pictures a prompt."""
     steps: int = 4
     """Forward evaluations a picture."""
     shift: float = 3.0
     """Shift of the time grid."""
+    solver: Literal["euler", "dpm"] = "euler"
+    """As the LoRA was trained: the recipes for real models train with dpm."""
+    resolution: int | None = None
+    """Side of the pictures in px; the model's own if not given, though a LoRA may have been trained at another."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the weights; auto is bfloat16 on a GPU, float32 elsewhere."""
+    offload: bool = False
+    """Keep text encoders and autoencoder in main memory while nobody needs them."""
     seed: int = 0
     """Of the noise."""
     max_sequence_length: int = 256
@@ -53,7 +63,8 @@ class Eval:
     recipe: Positional[str]
     """A recipe's name, a YAML file or a run's folder: its task, reward and sampler."""
     lora: tuple[str, ...] = ()
-    """LoRAs to evaluate, by folder or hub id; a mini model's name is its bundled 4-step student, none is no LoRA."""
+    """LoRAs to evaluate, by folder or hub id, with @0.125 behind one that its publisher loads at such a strength; a
+    mini model's name is its bundled 4-step student, none is no LoRA."""
     base_steps: int = 20
     """Euler steps of the guided many-step base, which is evaluated first; 0 leaves it out."""
     guidance: tuple[float, ...] = (3.0,)
@@ -102,6 +113,8 @@ class ServeReward:
     """A name (`tdm-r1 rewards`) or my_rewards.py:function."""
     host: str = "127.0.0.1"
     port: int = 8000
+    timeout: float = 600.0
+    """Seconds that the reward may take for a request; then it is stopped and started again."""
 
 
 @dataclass
@@ -249,11 +262,9 @@ def _train(args: list[str], *, prog: str = "train") -> int:
     if prog == "distill" and command.config.algorithm != "tdm":
         raise UserError(f"algorithm = {command.config.algorithm!r}: distill wants a recipe of tdm; use `tdm-r1 train`")
     if command.dry_run:
-        from .estimate import describe, estimate
+        from .estimate import needs
 
-        found = estimate(command.config)
-        notes = describe(found) if found else "no estimate: the sizes of this model are not known here"
-        print(dump(command.config) + "".join(f"# {line}\n" for line in notes.splitlines()), end="")
+        print(dump(command.config) + "".join(f"# {line}\n" for line in needs(command.config).splitlines()), end="")
         return 0
     from .trainer import train
 
@@ -309,7 +320,7 @@ def _serve_reward(args: list[str]) -> int:
 
     from .rewards.commands import serve
 
-    serve(command.reward, command.host, command.port, Console())
+    serve(command.reward, command.host, command.port, command.timeout, Console())
     return 0
 
 

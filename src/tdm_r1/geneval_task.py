@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .rewards.geneval_protocol import CLASSES, COLORS, RELATIONS
+from .rewards.geneval_protocol import CLASSES, COLORS, RELATIONS, TAGS, why_not
 from .tasks import Prompt, read_prompts
 
 NUMBERS = {2: "two", 3: "three", 4: "four"}
@@ -30,13 +30,13 @@ class GenEvalTask:
         shares = shares or SHARES
         if unknown := shares.keys() - SHARES.keys():
             raise ValueError(f"task.weights names {min(unknown)!r}: known families are {', '.join(SHARES)}")
-        self.shares = np.array([shares.get(tag, 0.0) for tag in SHARES])
+        self.shares = np.array([shares.get(tag, 0.0) for tag in TAGS])
         if not self.shares.sum() > 0 or (self.shares < 0).any():
             raise ValueError(f"task.weights = {shares}: give non-negative weights with a positive sum")
         self.official = read_metadata(path) if path else None
 
     def train_prompts(self, n: int, rng: np.random.Generator) -> list[Prompt]:
-        tags = rng.choice(list(SHARES), size=n, p=self.shares / self.shares.sum())
+        tags = rng.choice(TAGS, size=n, p=self.shares / self.shares.sum())
         return [make_prompt(str(tag), rng) for tag in tags]
 
     def eval_prompts(self, n: int) -> list[Prompt]:
@@ -45,7 +45,7 @@ class GenEvalTask:
             rows = np.linspace(0, len(self.official), min(n, len(self.official)), endpoint=False).astype(int)
             return [self.official[i] for i in rows]
         rng = np.random.default_rng(553)
-        return [make_prompt(list(SHARES)[i % len(SHARES)], rng) for i in range(n)]
+        return [make_prompt(TAGS[i % len(TAGS)], rng) for i in range(n)]
 
     def metrics(self, images: np.ndarray, prompts: Sequence[Prompt], images_per_prompt: int) -> dict[str, float]:
         return {}
@@ -55,30 +55,9 @@ def read_metadata(path: Path) -> list[Prompt]:
     """Prompts in GenEval's format. Raises ValueError naming the line and what is wrong with it."""
     prompts = read_prompts(path, "task.prompts")
     for number, prompt in enumerate(prompts, start=1):
-        if why := _why_not(prompt.metadata):
+        if why := why_not(prompt.metadata):
             raise ValueError(f"{path}:{number}: {why}")
     return prompts
-
-
-def _why_not(metadata: dict[str, Any]) -> str:
-    """What keeps a row from being GenEval's metadata; empty if nothing does."""
-    if metadata.get("tag") not in SHARES:
-        return f"tag = {metadata.get('tag')!r}: expected one of {', '.join(SHARES)}"
-    include = metadata.get("include")
-    if not include:
-        return "no include: expected a list of what the picture has to show"
-    for i, part in enumerate([*include, *metadata.get("exclude", [])]):
-        if part.get("class") not in CLASSES:
-            return f"class = {part.get('class')!r} is none of GenEval's {len(CLASSES)}"
-        if not isinstance(part.get("count"), int) or part["count"] < 1:
-            return f"count = {part.get('count')!r} of {part['class']}: expected a whole number, at least 1"
-        if "color" in part and part["color"] not in COLORS:
-            return f"color = {part['color']!r}: expected one of {', '.join(COLORS)}"
-        if "position" in part:
-            relation, anchor = part["position"]
-            if relation not in RELATIONS or not 0 <= anchor < min(i, len(include)):
-                return f"position = {part['position']!r}: expected one of {', '.join(RELATIONS)} and an earlier object"
-    return ""
 
 
 def make_prompt(tag: str, rng: np.random.Generator) -> Prompt:
@@ -107,7 +86,7 @@ def make_prompt(tag: str, rng: np.random.Generator) -> Prompt:
             text = f"{with_article(f'{color} {thing}')} and {with_article(f'{other_color} {other}')}"
             include = [_part(thing, color=color), _part(other, color=other_color)]
         case _:
-            raise ValueError(f"unknown family {tag!r}: known are {', '.join(SHARES)}")
+            raise ValueError(f"unknown family {tag!r}: known are {', '.join(TAGS)}")
     metadata = {"tag": tag, "include": include} | ({"exclude": exclude} if exclude else {})
     return Prompt(f"a photo of {text}", metadata)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
@@ -20,13 +21,17 @@ class Clip:
     Args:
         name: hub id or folder of the model.
         processor: of its image processor and tokenizer, if they lie elsewhere.
+        letterbox: a picture that is not square is fitted in whole, with black beside it; else its middle is taken.
         device: ``cuda`` if there is one, else ``cpu``, if None.
     """
 
-    def __init__(self, name: str, *, processor: str | None = None, device: str | None = None) -> None:
+    def __init__(
+        self, name: str, *, processor: str | None = None, letterbox: bool = False, device: str | None = None
+    ) -> None:
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.model: Any = CLIPModel.from_pretrained(name).eval().requires_grad_(False).to(self.device)
         self.images: Any = CLIPImageProcessorPil.from_pretrained(processor or name)
+        self.letterbox = letterbox
         self.texts: Any = AutoTokenizer.from_pretrained(processor or name)
 
     @property
@@ -36,7 +41,12 @@ class Clip:
     @torch.no_grad()  # a frozen black box
     def embed_images(self, images: Sequence[np.ndarray]) -> Tensor:
         """Pictures, uint8 [H, W, 3] of any sizes, to [B, D]."""
-        pixels = self.images(images=list(images), return_tensors="pt")["pixel_values"].to(self.device)
+        given = [
+            Image.fromarray(image) for image in images
+        ]  # of an array of 3 rows one cannot tell which axis is colour
+        if self.letterbox:
+            given = [fitted(image, self.images.crop_size["height"]) for image in given]
+        pixels = self.images(images=given, return_tensors="pt")["pixel_values"].to(self.device)
         return _unit(self.model.get_image_features(pixel_values=pixels).pooler_output)
 
     @torch.no_grad()  # a frozen black box
@@ -51,6 +61,15 @@ class Clip:
         """Cosine of each picture and its text, float64 [B]."""
         cosine = (self.embed_images(list(images)) * self.embed_texts(texts)).sum(-1)
         return cosine.double().cpu().numpy()
+
+
+def fitted(image: Image.Image, side: int) -> Image.Image:
+    """The whole picture in a square of ``side`` px, black beside it, as open_clip's ``ResizeMaxSize`` has it."""
+    scale = side / max(image.size)
+    small = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    square = Image.new("RGB", (side, side))
+    square.paste(small, ((side - small.width) // 2, (side - small.height) // 2))
+    return square
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """GenEval as a reward: Mask2Former finds objects, CLIP names their colours, `geneval_protocol` judges.
 
 Both models come from transformers. The original's detector is the same architecture in mmdetection, with other
-weights: scores are close to the benchmark's, not bit-equal.
+weights: how close scores come to the benchmark's has not been measured.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers import Mask2FormerForUniversalSegmentation, Mask2FormerImagePr
 
 from ..errors import UserError
 from .clip import VIT_L, Clip
-from .geneval_protocol import CLASSES, COLORS, Detection, soft, strict
+from .geneval_protocol import CLASSES, COLORS, Detection, soft, strict, why_not
 from .scores import Scores
 
 DETECTOR = "facebook/mask2former-swin-small-coco-instance"
@@ -125,8 +125,8 @@ class GenEvalReward:
 
     def __call__(self, images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> Scores:
         for prompt, m in zip(prompts, metadata, strict=True):
-            if "tag" not in m or "include" not in m:
-                raise UserError(f"prompt {prompt!r} lacks GenEval's metadata: give .jsonl rows with tag and include")
+            if why := why_not(m):
+                raise UserError(f"prompt {prompt!r} lacks GenEval's metadata: {why}; give .jsonl rows in its format")
         judged: dict[str, list[float]] = {"strict": [], "soft": []}
         for image, found, m in zip(images, self.detector(images), metadata, strict=True):
             color_of = partial(self.colors, image)

@@ -29,6 +29,7 @@ _COCO = (
     "oven,toaster,sink,refrigerator,book,clock,vase,scissors,teddy bear,hair drier,toothbrush"
 )
 CLASSES = tuple(_COCO.split(","))
+TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")  # the families of prompts
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 
 
@@ -52,6 +53,27 @@ class Verdict:
 
 ColorOf = Callable[[Sequence[Detection]], Sequence[str]]
 """Names the colour of each detection. Called only with those whose colour matters: a colour model is not cheap."""
+
+
+def why_not(metadata: Mapping[str, Any]) -> str:
+    """What keeps a row from being GenEval's metadata; empty if nothing does."""
+    if metadata.get("tag") not in TAGS:
+        return f"tag = {metadata.get('tag')!r}: expected one of {', '.join(TAGS)}"
+    include = metadata.get("include")
+    if not include:
+        return "no include: expected a list of what the picture has to show"
+    for i, part in enumerate([*include, *metadata.get("exclude", [])]):
+        if part.get("class") not in CLASSES:
+            return f"class = {part.get('class')!r} is none of GenEval's {len(CLASSES)}"
+        if not isinstance(part.get("count"), int) or part["count"] < 1:
+            return f"count = {part.get('count')!r} of {part['class']}: expected a whole number, at least 1"
+        if "color" in part and part["color"] not in COLORS:
+            return f"color = {part['color']!r}: expected one of {', '.join(COLORS)}"
+        if "position" in part:
+            relation, anchor = part["position"]
+            if relation not in RELATIONS or not 0 <= anchor < min(i, len(include)):
+                return f"position = {part['position']!r}: expected one of {', '.join(RELATIONS)} and an earlier object"
+    return ""
 
 
 def judged(detections: Sequence[Detection], tag: str) -> dict[str, list[Detection]]:

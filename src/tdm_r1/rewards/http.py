@@ -17,7 +17,9 @@ import math
 import os
 import sys
 import threading
+import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -32,7 +34,9 @@ from .scores import Reward, Scores, attempt, checked, joined, missing, same_size
 
 TOKEN = "TDM_R1_TOKEN"  # environment variable: what server and client have to agree on
 MAX_REQUEST = 256 * 2**20  # bytes
-MAX_PIXELS = 64 * 2**20  # of one picture
+MAX_ANSWER = 16 * 2**20  # bytes
+MAX_PIXELS = 128 * 2**20  # of a request's pictures together: a PNG of one colour is a thousandth of its pixels
+MAX_WAITING = 32  # requests that may wait for their turn
 
 
 # ---------------------------------------------------------------------------------------------- pictures
@@ -45,29 +49,44 @@ def encode_image(image: np.ndarray) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def decode_image(item: Any) -> np.ndarray:
-    """A picture as the protocol has it, uint8 [H, W, 3]. Raises ValueError on anything else."""
+def decode_image(item: Any, allowed: int = MAX_PIXELS) -> np.ndarray:
+    """A picture as the protocol has it, uint8 [H, W, 3], of ``allowed`` pixels at most. Raises ValueError on anything
+    else."""
     if isinstance(item, dict):
         shape = [int(n) for n in item["shape"]]
-        if len(shape) != 3 or shape[2] != 3 or min(shape) < 1 or math.prod(shape[:2]) > MAX_PIXELS:
-            raise ValueError(f"shape {shape}: an image is [H, W, 3], of at most {MAX_PIXELS} pixels")
+        if len(shape) != 3 or shape[2] != 3 or min(shape) < 1:
+            raise ValueError(f"shape {shape}: an image is [H, W, 3]")
+        _require_pixels(math.prod(shape[:2]), allowed)
         return np.frombuffer(base64.b64decode(item["data"], validate=True), np.uint8).reshape(shape)
     with Image.open(io.BytesIO(base64.b64decode(item, validate=True)), formats=["PNG"]) as image:
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"an image of {image.width} x {image.height} pixels: {MAX_PIXELS} are allowed")
+        _require_pixels(image.width * image.height, allowed)
         return np.asarray(image.convert("RGB"))
+
+
+def _require_pixels(pixels: int, allowed: int) -> None:
+    if pixels > allowed:
+        raise ValueError(f"a request may hold {MAX_PIXELS} pixels: send fewer pictures at once, or smaller ones")
+
+
+def _decode_images(items: Any) -> list[np.ndarray]:
+    images: list[np.ndarray] = []
+    left = MAX_PIXELS
+    for item in items:
+        images.append(decode_image(item, left))
+        left -= images[-1].shape[0] * images[-1].shape[1]
+    return images
 
 
 def decode_request(body: bytes) -> tuple[list[np.ndarray], list[str], list[dict[str, Any]]]:
     """Pictures, prompts and metadata of a request. Raises ValueError saying what is wrong with it."""
     try:
         request = json.loads(body)
-        images = [decode_image(item) for item in request["images"]]
+        images = _decode_images(request["images"])
         prompts = [str(p) for p in request["prompts"]]
         metadata = list(request.get("metadata") or [{} for _ in images])
     except KeyError as error:
         raise ValueError(f"the request has no {error}") from error
-    except (TypeError, OSError, AttributeError, Image.DecompressionBombError) as error:
+    except (TypeError, OSError, AttributeError, OverflowError, Image.DecompressionBombError) as error:
         raise ValueError(f"the request cannot be read: {error}") from error
     if not images or not len(images) == len(prompts) == len(metadata):
         raise ValueError(
@@ -113,6 +132,7 @@ class RewardServer(ThreadingHTTPServer):
         super().__init__((host, port), _Handler)
         self.name, self.reward, self.token, self.max_request = name, reward, token, max_request
         self.turn = threading.Lock()
+        self.places = threading.BoundedSemaphore(MAX_WAITING)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Tells of errors, but for clients that have gone: that is their own affair."""
@@ -155,13 +175,18 @@ class _Handler(BaseHTTPRequestHandler):
         elif int(length) > self.server.max_request:
             limit = self.server.max_request
             self._answer(413, {"error": f"{length} bytes are over the limit of {limit}: send fewer pictures at once"})
+        elif not self.server.places.acquire(blocking=False):
+            self._answer(503, {"error": f"{MAX_WAITING} requests are waiting already: the reward is too slow for them"})
         else:
-            self._score(self.rfile.read(int(length)))
+            try:
+                self._score(self.rfile.read(int(length)))
+            finally:
+                self.server.places.release()
 
     def _score(self, body: bytes) -> None:
         try:
-            images, prompts, metadata = decode_request(body)
             with self.server.turn:
+                images, prompts, metadata = decode_request(body)
                 scores = joined(
                     [
                         attempt(self.server.reward, np.stack(images[s]), prompts[s], metadata[s])
@@ -204,19 +229,23 @@ class RemoteReward:
 
     Args:
         url: such as ``http://127.0.0.1:8000``.
-        timeout: seconds that the server may be silent in answering a chunk; past it its samples are missing.
+        timeout: seconds that the server may take for a chunk; past it its samples are missing. A server scores one
+            request at a time, so each of several at once is given as many times that.
         chunk: samples a request.
         connections: requests at once.
     """
 
     def __init__(self, url: str, *, timeout: float, chunk: int, connections: int = 2) -> None:
         self.url, self.timeout, self.chunk, self.connections = url.rstrip("/"), timeout, chunk, connections
+        loopback = _is_loopback(urllib.parse.urlsplit(self.url).hostname or "")
+        proxies = urllib.request.ProxyHandler({} if loopback else None)  # a proxy has no business with this machine
+        self._opener = urllib.request.build_opener(proxies)
+        self._pool = ThreadPoolExecutor(connections)
 
     def __call__(self, images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> Scores:
         spans = [slice(start, start + self.chunk) for start in range(0, len(images), self.chunk)]
         requests = [partial(self._chunk, images[s], prompts[s], metadata[s]) for s in spans]
-        with ThreadPoolExecutor(self.connections) as pool:
-            return joined(list(pool.map(lambda request: request(), requests)))
+        return joined(list(self._pool.map(lambda request: request(), requests)))
 
     def _chunk(self, images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> Scores:
         content = {"images": [encode_image(i) for i in images], "prompts": prompts, "metadata": metadata}
@@ -226,8 +255,7 @@ class RemoteReward:
             headers["Authorization"] = f"Bearer {token}"
         try:
             request = urllib.request.Request(f"{self.url}/score", body, headers)
-            with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                return _scores_of(json.loads(response.read(MAX_REQUEST)), len(images))
+            return _scores_of(json.loads(self._answer(request)), len(images))
         except urllib.error.HTTPError as error:
             why = _reason(error)
             if error.code in (401, 404, 413, 422):
@@ -235,6 +263,20 @@ class RemoteReward:
             return missing(len(images), f"the server answered {error.code}: {why}")
         except Exception as error:  # slow, gone, garbage: a server may do anything
             return missing(len(images), f"{type(error).__name__}: {error}")
+
+    def _answer(self, request: urllib.request.Request) -> bytes:
+        """The body of the answer. Raises TimeoutError when its time is over, however busily it dribbles."""
+        patience = self.timeout * self.connections
+        end = time.monotonic() + patience
+        parts = []
+        with self._opener.open(request, timeout=patience) as response:
+            while part := response.read1(2**16):
+                parts.append(part)
+                if time.monotonic() > end:
+                    raise TimeoutError(f"no whole answer within {patience:g} seconds")
+                if sum(map(len, parts)) > MAX_ANSWER:
+                    raise ValueError(f"an answer of more than {MAX_ANSWER} bytes")
+        return b"".join(parts)
 
 
 def _scores_of(answer: dict[str, Any], n: int) -> Scores:

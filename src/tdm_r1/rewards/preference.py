@@ -32,7 +32,8 @@ class PickScore:
 
 
 class CLIPScore:
-    """CLIPScore (Hessel et al. 2021, arXiv 2104.08718): 2.5 max(cosine, 0), of ViT-L/14."""
+    """CLIPScore (Hessel et al. 2021, arXiv 2104.08718): 2.5 max(cosine, 0); of ViT-L/14 where they have ViT-B/32, and
+    of the prompt alone, without their "A photo depicts" before it."""
 
     def __init__(self, model: str = VIT_L) -> None:
         self.clip = Clip(model)
@@ -53,7 +54,7 @@ class HPSv2:
     """
 
     def __init__(self, version: Literal["2", "2.1"], model: str = VIT_H, checkpoint: Path | None = None) -> None:
-        self.clip = Clip(model)
+        self.clip = Clip(model, letterbox=True)  # as the original prepares its pictures
         path = checkpoint or Path(hf_hub_download(HPS, f"HPS_v{version}_compressed.pt"))
         self.clip.model.load_state_dict(to_transformers(plain_tensors(path)), strict=True)
 

@@ -20,7 +20,9 @@ class Entry:
         make: makes it; imports what it needs.
         extra: the extra of ``pip install 'tdm-r1[...]'`` that it needs.
         modules: what that extra has to bring.
-        weights: hub ids of what is downloaded on first use.
+        weights: what is downloaded on first use: hub ids, or ``OWNER/NAME:FILE``.
+        environment: variables that have to be set.
+        blind: whether it scores pictures without looking at their prompts.
         licence: of weights or of the engine, as far as its authors state one.
     """
 
@@ -29,6 +31,8 @@ class Entry:
     extra: str | None = None
     modules: tuple[str, ...] = ()
     weights: tuple[str, ...] = ()
+    environment: tuple[str, ...] = ()
+    blind: bool = False
     licence: str = "Apache-2.0"
 
     def lacking(self) -> list[str]:
@@ -142,8 +146,8 @@ def _geneval_entry(summary: str, make: Callable[[], Reward]) -> Entry:
     return Entry(summary, make, weights=weights, licence="MIT (CLIP); see the detector's card")
 
 
-def _hps_entry(summary: str, make: Callable[[], Reward]) -> Entry:
-    weights = ("xswu/HPSv2", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K")
+def _hps_entry(summary: str, make: Callable[[], Reward], version: str) -> Entry:
+    weights = (f"xswu/HPSv2:HPS_v{version}_compressed.pt", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K")
     return Entry(summary, make, weights=weights, licence="Apache-2.0 (HPSv2)")
 
 
@@ -171,10 +175,11 @@ BUILT_IN: dict[str, Entry] = {
         _vlm,
         "vlm",
         ("openai",),
+        environment=("OPENAI_API_KEY",),
         licence="the judge's own",
     ),
-    "hpsv2": _hps_entry("HPS v2, about .2 to .35.", _hpsv2),
-    "hpsv2.1": _hps_entry("HPS v2.1, about .2 to .35; not to be compared with v2.", _hpsv21),
+    "hpsv2": _hps_entry("HPS v2, about .2 to .35.", _hpsv2, "2"),
+    "hpsv2.1": _hps_entry("HPS v2.1, about .2 to .35; not to be compared with v2.", _hpsv21, "2.1"),
     "clipscore": Entry(
         "CLIPScore of ViT-L/14, 2.5 max(cosine, 0).",
         _clipscore,
@@ -185,6 +190,7 @@ BUILT_IN: dict[str, Entry] = {
         "LAION's aesthetic predictor, about 1 to 10, blind to the prompt.",
         _aesthetic,
         weights=("openai/clip-vit-large-patch14", "trl-lib/ddpo-aesthetic-predictor"),
+        blind=True,
         licence="MIT (CLIP); see the head's card",
     ),
     "brisque": Entry(
@@ -192,10 +198,11 @@ BUILT_IN: dict[str, Entry] = {
         _brisque,
         "brisque",
         ("brisque", "cv2"),
+        blind=True,
         licence="Apache-2.0 (package); see its model's origin",
     ),
-    "jpeg_incompressibility": Entry("Size as JPEG of quality 95, in kB (DDPO).", _jpeg_incompressibility),
-    "jpeg_compressibility": Entry("The same, negated (DDPO).", _jpeg_compressibility),
+    "jpeg_incompressibility": Entry("Size as JPEG of quality 95, in kB (DDPO).", _jpeg_incompressibility, blind=True),
+    "jpeg_compressibility": Entry("The same, negated (DDPO).", _jpeg_compressibility, blind=True),
 }
 
 

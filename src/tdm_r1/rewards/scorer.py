@@ -18,6 +18,7 @@ from .scores import Reward, Scores, attempt
 from .workers import Workers
 
 FAILED_BATCHES = 3  # in a row without any score, after which a run stops; at its start a single one is enough
+FLAT = 1e-6  # a deviation inside a group that is rounding, as `advantages.group_advantages` has it
 FLAT_BATCHES = 10  # from the start without any difference inside a group, after which a run stops
 
 
@@ -28,6 +29,9 @@ class ScoringConfig(BaseModel):
 
     workers: int = Field(0, ge=0, description="Processes for each reward; 0 scores in the training process. Ours.")
     timeout: float = Field(60.0, gt=0, description="Seconds that a worker or a server may take for a chunk. Ours.")
+    load_timeout: float = Field(
+        1800.0, gt=0, description="Seconds that a worker may take to load its reward, downloads included. Ours."
+    )
     chunk: int = Field(16, ge=1, description="Samples a call, in workers and to a server. Ours.")
     normalize: Literal["none", "group"] = Field(
         "none", description="group: each reward of a sum has mean 0 and deviation 1 in each group first. Ours."
@@ -77,8 +81,21 @@ class Scorer:
         if name.startswith(("http://", "https://")):
             return RemoteReward(name, timeout=c.timeout, chunk=c.chunk, connections=max(c.workers, 1))
         if c.workers:
-            return Workers(name, load_reward, processes=c.workers, timeout=c.timeout, chunk=c.chunk)
+            return Workers(
+                name,
+                load_reward,
+                processes=c.workers,
+                timeout=c.timeout,
+                chunk=c.chunk,
+                load_timeout=c.load_timeout,
+            )
         return load_reward(name)
+
+    @property
+    def parallel(self) -> int:
+        """Batches that may be scored at once: a reward in this process takes one at a time."""
+        apart = all(isinstance(reward, Workers | RemoteReward) for reward in self.rewards)
+        return max(self.config.workers, 1) if apart else 1
 
     def __call__(self, images: np.ndarray, prompts: Sequence[Prompt]) -> Scores:
         """Scores pictures, uint8 [B, H, W, 3], with the weighted sum as it is, whatever training normalises."""
@@ -127,7 +144,7 @@ def standardised(values: np.ndarray, group_size: int) -> np.ndarray:
     n = np.maximum(valid.sum(1, keepdims=True), 1)
     centred = groups - np.where(valid, groups, 0).sum(1, keepdims=True) / n
     std = np.sqrt(np.where(valid, centred**2, 0).sum(1, keepdims=True) / n)
-    return np.where(std > 1e-6, centred / np.maximum(std, 1e-6), 0 * groups).ravel()
+    return np.where(std > FLAT, centred / np.maximum(std, FLAT), 0 * groups).ravel()
 
 
 class Watch:
@@ -144,9 +161,8 @@ class Watch:
         self.require_any(scores)
         self.batches += 1
         groups = scores.values.reshape(-1, group_size)
-        valid = np.isfinite(groups)
-        highest, lowest = np.where(valid, groups, -np.inf).max(1), np.where(valid, groups, np.inf).min(1)
-        self.informative = self.informative or bool((highest > lowest).any())
+        scored = groups[~np.isnan(groups).all(1)]
+        self.informative = self.informative or bool((np.nanstd(scored, axis=1) > FLAT).any())
         if not self.informative and self.batches >= FLAT_BATCHES:
             raise UserError(
                 f"the reward told no two pictures of a prompt apart in {self.batches} batches (it lay between "

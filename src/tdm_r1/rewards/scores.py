@@ -41,8 +41,8 @@ def missing(n: int, why: str) -> Scores:
 
 
 def checked(given: Scores | Sequence[float | None] | np.ndarray, n: int) -> Scores:
-    """What a reward gave for ``n`` samples, as Scores; infinities become missing. Raises ValueError if it broke its
-    contract."""
+    """What a reward gave for ``n`` samples, as Scores; what no float32 can hold becomes missing. Raises ValueError if
+    it broke its contract."""
     given = given if isinstance(given, Scores) else Scores(_column(given, n, "scores"))
     parts = {name: _column(part, n, f"values of the part {name!r}") for name, part in given.parts.items()}
     return Scores(_column(given.values, n, "scores"), parts, tuple(given.failures))
@@ -53,7 +53,7 @@ def _column(values: Sequence[float | None] | np.ndarray, n: int, what: str) -> n
     if given.shape != (n,):
         raise ValueError(f"the reward returned {what} of shape {given.shape} for {n} pictures: one each is needed")
     column = np.array([np.nan if v is None else float(v) for v in given], dtype=np.float64)
-    column[~np.isfinite(column)] = np.nan
+    column[~(np.abs(column) <= np.finfo(np.float32).max)] = np.nan
     return column
 
 
@@ -66,7 +66,7 @@ def attempt(reward: Reward, images: np.ndarray, prompts: list[str], metadata: li
         return checked(reward(images, prompts, metadata), len(images))
     except UserError:
         raise
-    except Exception as error:  # a black box may raise anything
+    except (Exception, SystemExit) as error:  # a black box may raise anything
         place = traceback.extract_tb(error.__traceback__)[-1]
         return missing(len(images), f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})")
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from openai import OpenAI, OpenAIError
 
+from ..errors import UserError
 from .http import encode_image
 from .scores import Scores
 
@@ -20,14 +21,15 @@ Judge how well the picture shows what the text asks for (objects, their number, 
 how good it looks. Give a few words on each, then end with one line:
 Final Score: x
 where x is a number from 1 (poor) to 5 (excellent)."""
-SCORE = re.compile(r"Final Score:\s*\**\s*([-+]?\d+(?:\.\d+)?)", re.IGNORECASE)
+SCORE = re.compile(r"Final Score:\s*\**\s*([-+]?\d+(?:\.\d+)?)(?:\s*/\s*(\d+))?", re.IGNORECASE)
 
 
 def final_score(answer: str) -> float | None:
-    """The last ``Final Score: x`` with x in 1 to 5; None, a missing score, for anything else."""
-    found = SCORE.findall(answer)
-    value = float(found[-1]) if found else None
-    return value if value is not None and 1.0 <= value <= 5.0 else None
+    """The last ``Final Score: x`` (or ``x/5``) with x in 1 to 5; None, a missing score, for anything else."""
+    if not (found := SCORE.findall(answer)):
+        return None
+    value, scale = found[-1]
+    return float(value) if 1.0 <= float(value) <= 5.0 and scale in ("", "5") else None
 
 
 class VLMJudge:
@@ -39,7 +41,9 @@ class VLMJudge:
         template: what is asked, with ``{prompt}``.
         parse: from the answer to a score or None.
         connections: questions at once.
-        timeout: seconds for an answer.
+        timeout: seconds for an answer; an error that may pass is asked about twice more.
+
+    Raises UserError where there is no key.
     """
 
     def __init__(
@@ -52,7 +56,13 @@ class VLMJudge:
         connections: int = 16,
         timeout: float = 60.0,
     ) -> None:
-        self.client = OpenAI(base_url=base_url, timeout=timeout, max_retries=2)
+        try:
+            self.client = OpenAI(base_url=base_url, timeout=timeout, max_retries=2)
+        except OpenAIError as error:
+            raise UserError(
+                "the judge needs a key: set the environment variable OPENAI_API_KEY (any word, for a server of your "
+                "own), and OPENAI_BASE_URL to where it listens"
+            ) from error
         self._model = model
         self.template, self.parse, self.connections = template, parse, connections
 
@@ -76,8 +86,8 @@ class VLMJudge:
         messages: Any = [{"role": "user", "content": [picture, question]}]
         try:
             answer = self.client.chat.completions.create(model=self.model, messages=messages, temperature=0.0)
-        except OpenAIError as error:
+            text = answer.choices[0].message.content or ""
+            score = self.parse(text)
+        except Exception as error:  # a server may answer anything; it costs this picture alone
             return None, f"{type(error).__name__}: {error}"
-        text = answer.choices[0].message.content or ""
-        score = self.parse(text)
         return score, "" if score is not None else f"no score in the judge's answer: {text[-80:]!r}"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import threading
 from collections.abc import Callable
+from concurrent.futures import BrokenExecutor, CancelledError
 from typing import Any
 
 import numpy as np
@@ -12,67 +14,128 @@ from pebble import ProcessExpired, ProcessFuture, ProcessPool
 from ..errors import UserError
 from .scores import Reward, Scores, attempt, joined, missing
 
-_loaded: list[Reward | Exception] = []  # in a worker process: the reward that it scores with, or why there is none
+_here: dict[str, Any] = {}  # in a worker process: how to load the reward, and the reward or why there is none
+
+
+class NotLoadedError(Exception):
+    """A worker has no reward to score with."""
 
 
 def _start(load: Callable[[str], Reward], name: str) -> None:
+    _here.update(load=load, name=name, told=False)
+    _load()
+
+
+def _load() -> None:
     try:
-        _loaded.append(load(name))
-    except Exception as error:  # told with every chunk: a pool whose workers do not start would hang
-        _loaded.append(error)
+        _here["reward"] = _here["load"](_here["name"])
+    except (Exception, SystemExit) as error:  # told with a chunk: a pool whose workers do not start would hang
+        _here["error"] = f"{error or type(error).__name__}"
+
+
+def _ready() -> None:
+    """Raises NotLoadedError if there is no reward; after that was told, loading is tried again first."""
+    if "reward" not in _here and _here["told"]:
+        _load()
+    if "reward" not in _here:
+        _here["told"] = True
+        raise NotLoadedError(_here["error"])
 
 
 def _score(images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> Scores:
-    reward = _loaded[0]
-    if isinstance(reward, Exception):
-        raise UserError(f"the reward could not be loaded: {reward}")
-    return attempt(reward, images, prompts, metadata)
+    _ready()
+    return attempt(_here["reward"], images, prompts, metadata)
 
 
 class Workers:
-    """A reward that scores in ``processes`` worker processes, in chunks whose order is kept.
+    """A reward that scores in ``processes`` worker processes, in chunks whose order is kept. Threads may share it.
 
     Args:
         name: of the reward; each worker loads it once.
         load: how to (`registry.load_reward`); has to be importable.
         timeout: seconds that a chunk may take; then its worker is killed and another one started.
+        load_timeout: seconds that loading the reward may take.
         chunk: samples a call.
     """
 
-    def __init__(self, name: str, load: Callable[[str], Reward], *, processes: int, timeout: float, chunk: int) -> None:
-        self.timeout, self.chunk, self.processes = timeout, chunk, processes
+    def __init__(
+        self,
+        name: str,
+        load: Callable[[str], Reward],
+        *,
+        processes: int,
+        timeout: float,
+        chunk: int,
+        load_timeout: float = 1800.0,
+    ) -> None:
+        self.timeout, self.load_timeout, self.chunk, self.processes = timeout, load_timeout, chunk, processes
         self.initargs = (load, name)
         self._pool: ProcessPool | None = None
+        self._mutex = threading.Lock()
+        self._begun = False  # whether a worker ever had the reward
 
     @property
     def pool(self) -> ProcessPool:
         """The worker processes; started when they are first needed, also after `close`."""
-        if self._pool is None:
-            spawn = multiprocessing.get_context("spawn")  # a fork would copy the trainer's threads and GPU context
-            self._pool = ProcessPool(self.processes, initializer=_start, initargs=self.initargs, context=spawn)
-        return self._pool
+        with self._mutex:
+            if self._pool is None:
+                spawn = multiprocessing.get_context("spawn")  # a fork would copy the trainer's threads and GPU context
+                self._pool = ProcessPool(self.processes, initializer=_start, initargs=self.initargs, context=spawn)
+            return self._pool
+
+    def start(self) -> None:
+        """Waits until a worker has loaded the reward. Raises UserError if it cannot be loaded."""
+        failed = self._result(*self._schedule(_ready), 0, self.load_timeout)
+        if failed is not None and failed.failures:
+            raise UserError(f"the reward could not be loaded: {failed.failures[0]}")
 
     def __call__(self, images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> Scores:
-        futures = []
-        for start in range(0, len(images), self.chunk):
-            rows = slice(start, start + self.chunk)
-            args = (images[rows], prompts[rows], metadata[rows])
-            futures.append((self.pool.schedule(_score, args=args, timeout=self.timeout), len(images[rows])))
-        return joined([self._result(future, n) for future, n in futures])
+        spans = [slice(start, start + self.chunk) for start in range(0, len(images), self.chunk)]
+        tasks = [self._schedule(_score, images[s], prompts[s], metadata[s]) for s in spans]
+        patience = self.load_timeout + self.timeout * len(spans)  # other chunks may come first
+        return joined([self._result(*task, len(images[s]), patience) for task, s in zip(tasks, spans, strict=True)])
 
-    def _result(self, future: ProcessFuture, n: int) -> Scores:
+    def _schedule(self, work: Callable, *args: Any) -> tuple[ProcessFuture, ProcessPool]:
+        timeout = self.timeout if args else None
+        pool = self.pool
         try:
-            return future.result()
+            return pool.schedule(work, args=args, timeout=timeout), pool
+        except RuntimeError:  # a worker died while it had nothing to do, and the pool gave up
+            self._drop(pool)
+            pool = self.pool
+            return pool.schedule(work, args=args, timeout=timeout), pool
+
+    def _result(self, future: ProcessFuture, pool: ProcessPool, n: int, patience: float) -> Any:
+        """What the task gave; missing scores of ``n`` samples where it failed."""
+        try:
+            result = future.result(timeout=patience)
         except UserError:
             raise
+        except NotLoadedError as error:
+            if not self._begun:
+                raise UserError(f"the reward could not be loaded: {error}") from error
+            return missing(n, f"a new worker could not load the reward: {error}")
         except TimeoutError:
-            return missing(n, f"no score within {self.timeout:g} seconds: the worker was stopped")
+            if future.done():
+                return missing(n, f"no score within {self.timeout:g} seconds: the worker was stopped")
+            self._drop(pool)
+            return missing(n, f"no worker was ready within {patience:g} seconds: they were stopped")
         except ProcessExpired as error:
             return missing(n, f"the worker process died (exit code {error.exitcode})")
+        except (BrokenExecutor, CancelledError):
+            return missing(n, "the worker processes died before they had anything to score")
+        self._begun = True
+        return result
+
+    def _drop(self, pool: ProcessPool) -> None:
+        """Stops ``pool``, unless another thread has done so already."""
+        with self._mutex:
+            if self._pool is pool:
+                self._pool = None
+                pool.stop()
+                pool.join()
 
     def close(self) -> None:
         """Stops the worker processes."""
-        if self._pool is not None:
-            self._pool.stop()
-            self._pool.join()
-            self._pool = None
+        if (pool := self._pool) is not None:
+            self._drop(pool)
