@@ -49,6 +49,16 @@ def test_recipes_of_real_models_name_known_architectures():
     assert architecture_of("mini") is None
 
 
+def test_a_models_folder_is_known_by_its_sizes(tmp_path: Path):
+    (tmp_path / "transformer").mkdir()
+    file = tmp_path / "transformer" / "config.json"
+    for name, known in architectures().items():
+        file.write_text(json.dumps(known["transformer"] | {"_class_name": "x", "out_channels": 16}))
+        assert architecture_of(str(tmp_path)) == name
+    file.write_text(json.dumps({"num_layers": 3}))
+    assert architecture_of(str(tmp_path)) is None
+
+
 @pytest.mark.parametrize(
     "surrogate",
     [

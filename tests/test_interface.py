@@ -41,6 +41,15 @@ def test_recipes_resolve_and_round_trip(name: str, tmp_path: Path):
             {"tdm": {"fake_scores": "two"}, "sampler": {"steps": 1}},
             r"^tdm\.fake_scores = two, .* they are 1 and static",
         ),
+        (
+            {"model": {"dtype": "bfloat16", "merge": True}},
+            r"^model\.merge adds to a copy .* vanish in bfloat16: set it off, or model\.dtype to float32",
+        ),
+        (
+            {"model": {"dtype": "bfloat16"}, "surrogate": {"weights": "full", "carried": 1.0}},
+            r"^surrogate\.carried with surrogate\.weights = full adds to",
+        ),
+        ({"model": {"dtype": "float16"}}, r"model\.dtype = 'float16': .*'float32' or 'bfloat16'"),
         ({"iterations": 0}, "iterations = 0: .*greater than or equal to 1"),
         ({"batch": {"group": 1}}, r"batch\.group = 1: TDM-R1 compares samples"),
         ({"task": {"name": "prompts"}}, r"task\.name = 'prompts' with task\.prompts = None"),

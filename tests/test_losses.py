@@ -174,3 +174,13 @@ def test_magnitude_has_a_floor():
 
 def test_saturation():
     assert losses.saturation(torch.tensor([0.0, 3.0, -5.0, 9.0])) == 0.5
+
+
+def test_the_clip_holds_what_has_gone_far_enough_and_nothing_else():
+    ratio = torch.tensor([-3.0, -0.5, 3.0, -3.0, 0.5, 3.0], requires_grad=True)
+    advantage = torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0, -1.0])
+    held = losses.clipped(ratio, advantage, 1.0)
+    assert held.tolist() == [-1.0, -0.5, 3.0, -3.0, 0.5, 1.0]
+    held.sum().backward()
+    assert ratio.grad is not None
+    assert ratio.grad.tolist() == [0.0, 1.0, 1.0, 1.0, 1.0, 0.0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,13 +11,17 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import tiny_models
+from tdm_r1 import cli
 from tdm_r1.algorithms.tdm import few_step_sample
-from tdm_r1.config import LORA_TARGETS, RunConfig, load_recipe
+from tdm_r1.backbones import load_backbone
+from tdm_r1.config import LORA_TARGETS, RunConfig, dump, load_recipe
+from tdm_r1.lora_files import FILE
 from tdm_r1.roles import Role
-from tdm_r1.trainer import Run
+from tdm_r1.trainer import Run, load_backbones
 
 MOVING = (Role.GENERATOR, Role.FAKE, Role.SURROGATE, Role.GENERATOR_EMA, Role.SURROGATE_EMA)
 PROMPTS = ["a red circle", "two crosses"]
@@ -124,12 +130,80 @@ def test_offloaded_parts_come_for_their_work_alone(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(torch.nn.Module, "to", to)
     run.backbone.offload_from = "cpu:0"  # the only device here, by another name
-    run.backbone.encode(["a red circle"])
+    weights = [p.data_ptr() for e in run.backbone._text_encoders() for p in e.parameters()]
+    run.embed(["a red circle", "two crosses", "a square", "two crosses"])  # the second was known: once for the others
     encoders = ["CLIPTextModelWithProjection", "CLIPTextModelWithProjection", "T5EncoderModel"]
     assert moves == [(e, "cpu:0") for e in encoders] + [(e, "cpu") for e in encoders]
+    assert [p.data_ptr() for e in run.backbone._text_encoders() for p in e.parameters()] == weights
     moves.clear()
+    run.embed(["two crosses", "a square"])
+    assert moves == []
     run.backbone.decode(torch.zeros(1, *run.backbone.latent_shape))
     assert moves == [("AutoencoderKL", "cpu:0"), ("AutoencoderKL", "cpu")]
+
+
+def test_a_teacher_is_its_transformer_alone(tmp_path: Path):
+    """Its folder need not even hold the rest."""
+    model = sd35_with_another_teacher(tmp_path)
+    for part in ("text_encoder", "text_encoder_2", "text_encoder_3", "vae"):
+        shutil.rmtree(tmp_path / "base" / part)
+    student, teacher = load_backbones(load_recipe("mini").override({f"model.{k}": v for k, v in model.items()}))
+    assert teacher is not None
+    assert teacher.pipeline.text_encoder_3 is student.pipeline.text_encoder_3
+    assert teacher.pipeline.vae is student.pipeline.vae
+    a, b = (dict(x.transformer.named_parameters()) for x in (student, teacher))
+    assert any(not torch.equal(a[name], b[name]) for name in a)
+
+
+def test_sd3_without_t5_is_the_pipeline_without_it(tmp_path: Path):
+    folder = tiny_models.sd3(tmp_path / "sd3")
+    backbone = load_backbone(str(folder), max_sequence_length=48, dtype=torch.float32, device="cpu", t5=False)
+    assert len(backbone._text_encoders()) == 2
+    pipeline = DiffusionPipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)
+    embeds, _, pooled, _ = pipeline.encode_prompt(
+        PROMPTS[0], None, None, do_classifier_free_guidance=False, max_sequence_length=48
+    )
+    (found,) = backbone.encode(PROMPTS[:1])
+    assert found.pooled is not None
+    torch.testing.assert_close(found.embeds, embeds, atol=0, rtol=0)
+    torch.testing.assert_close(found.pooled, pooled, atol=0, rtol=0)
+    with pytest.raises(ValueError, match="which has no T5"):
+        load_backbone(
+            str(tiny_models.z_image(tmp_path / "z")),
+            max_sequence_length=48,
+            dtype=torch.float32,
+            device="cpu",
+            t5=False,
+        )
+
+
+def test_published_loras_are_sampled_and_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """By `tdm-r1 sample` and `eval`, at the strength behind the @, with the solver and size that they were made for."""
+    monkeypatch.chdir(tmp_path)
+    run = tiny_run(sd3, tmp_path, dtype="bfloat16")
+    with torch.no_grad():
+        for p in run.roles.parameters(Role.GENERATOR_EMA):
+            p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    run.export(tmp_path)
+    (tmp_path / "foreign").mkdir()
+    save_file(load_file(tmp_path / "lora" / FILE), tmp_path / "foreign" / "tdm.safetensors")
+    shared = ["--model", run.config.model.path, "--resolution", "48", "--solver", "dpm", "--dtype", "bfloat16"]
+    arguments = ["sample", *shared, "--offload", "--prompt", "a red circle", "--images", "1"]
+    assert cli.main([*arguments, "--lora", "foreign"]) == 2
+    pictures = []
+    for strength in ("0.125", "1"):
+        assert cli.main([*arguments, "--lora", f"foreign@{strength}", "--out", f"{strength}.png"]) == 0
+        pictures.append(np.asarray(Image.open(f"{strength}.png")))
+    assert pictures[0].shape == (48, 48, 3)
+    assert (pictures[0] != pictures[1]).any()
+    recipe = run.config.override({"reward": "jpeg_compressibility", "model.resolution": 32})
+    (tmp_path / "recipe.yaml").write_text(dump(recipe))
+    compared = ["eval", "recipe.yaml", "--base-steps", "0", "--out", "eval", "--lora", "foreign@0.125", "foreign@1"]
+    assert cli.main(compared) == 0
+    models = json.loads((tmp_path / "eval/results.json").read_text())["models"]
+    scores = {m["model"]: m["scores"]["jpeg_compressibility"]["mean"] for m in models}
+    assert list(scores) == ["foreign@0.125", "foreign@1"]
+    assert len(set(scores.values())) == 2
 
 
 def test_a_published_strength_is_what_diffusers_does_with_it(tmp_path: Path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from tdm_r1.backbones import PipelineBackbone, load_backbone
+from tdm_r1.backbones import Conditioning, PipelineBackbone, load_backbone
 from tdm_r1.config import LORA_TARGETS
 from tdm_r1.lora_files import load_lora
 from tdm_r1.roles import Carried, Role, Roles, full_roles, lora_roles
@@ -19,8 +19,8 @@ def lora(rank: int = 4) -> LoraConfig:
     return LoraConfig(r=rank, lora_alpha=2 * rank, init_lora_weights="gaussian", target_modules=list(LORA_TARGETS))
 
 
-def load(path: Path) -> PipelineBackbone:
-    return load_backbone(str(path), max_sequence_length=1, dtype=torch.float32, device="cpu")
+def load(path: Path, *, dtype: torch.dtype = torch.float32) -> PipelineBackbone:
+    return load_backbone(str(path), max_sequence_length=1, dtype=dtype, device="cpu")
 
 
 def cast(kind: str, path: Path) -> tuple[Roles, PipelineBackbone]:
@@ -37,7 +37,7 @@ def cast(kind: str, path: Path) -> tuple[Roles, PipelineBackbone]:
 def inputs(backbone: PipelineBackbone, n: int = 2):
     g = torch.Generator().manual_seed(0)
     x = torch.randn(n, *backbone.latent_shape, generator=g)
-    return x, torch.full((n,), 0.6), backbone.encode(["a red circle", "two crosses"][:n])
+    return x, torch.full((n,), 0.6), Conditioning.join(backbone.encode(["a red circle", "two crosses"][:n]))
 
 
 def disturb(roles: Roles, role: Role) -> None:
@@ -263,6 +263,32 @@ def test_an_exported_adapter_holds_what_the_role_carries(full, rank: int, random
     plain.pipeline.load_lora_weights(tmp_path)
     with torch.no_grad():
         torch.testing.assert_close(plain.velocity_of(plain.transformer)(*args), expected, atol=2e-5, rtol=0)
+
+
+def test_changes_below_the_backbones_precision_are_carried(random_model: Path, tmp_path: Path):
+    """A change of a thousandth is lost in bfloat16's weights, and has to act, and be in the file, all the same."""
+    backbone = load(random_model, dtype=torch.bfloat16)
+    roles = lora_roles(backbone, lora(), OWN, carried=CARRIED)
+    x, t, c = inputs(backbone)
+    with torch.no_grad():
+        for name, p in roles.weights(Role.SURROGATE).items():
+            torch.manual_seed(p.numel())
+            p.copy_(torch.randn_like(p) * (1e-4 if "lora_B" in name else 0.1))
+        largest = max(float(d.abs().max()) for d in roles._deltas(Role.SURROGATE))
+        with roles.use(Role.GENERATOR) as velocity:
+            acting = roles._active[id(backbone.transformer)]
+            v = velocity(x, t, c)
+        weights, config = roles.exported(Role.GENERATOR, lora())
+    assert largest < 2e-3
+    assert acting == (("generator", 1.0), ("surrogate", 0.7))
+    one = load(random_model, dtype=torch.bfloat16)
+    backbone.save_lora(tmp_path, weights, config)
+    alone = lora_roles(one, config, (Role.GENERATOR,))
+    load_lora(alone, (Role.GENERATOR,), tmp_path, config)
+    for d, e in zip(roles._deltas(Role.SURROGATE), alone._deltas(Role.GENERATOR), strict=True):
+        torch.testing.assert_close(0.7 * d, e, atol=1e-7, rtol=1e-4)
+    with torch.no_grad(), alone.use(Role.GENERATOR) as velocity:
+        torch.testing.assert_close(velocity(x, t, c), v, atol=0.05, rtol=0.05)  # bfloat16's own noise
 
 
 def test_carrying_needs_an_adapter(random_model: Path):

@@ -25,7 +25,7 @@ from tdm_r1.mini.bundle import bundle_path
 from tdm_r1.mini.pretrain import PretrainConfig
 from tdm_r1.roles import Role
 from tdm_r1.sampling import FewStepModel
-from tdm_r1.trainer import Run, train, with_student
+from tdm_r1.trainer import Run, distillation, train, with_student
 
 Make = Callable[..., RunConfig]
 
@@ -250,7 +250,7 @@ def test_eval_goes_on_and_shares_its_work(tiny_config: Make, tmp_path: Path, cap
     config = tiny_config(reward="jpeg_compressibility")
     (tmp_path / "recipe.yaml").write_text(dump(config))
     arguments = ["eval", str(tmp_path / "recipe.yaml"), "--lora", "none", "--base-steps", "3", "--guidance", "1", "2"]
-    arguments += ["--metrics", "jpeg_incompressibility"]
+    arguments += ["--metrics", "jpeg_incompressibility", "mini"]
     alone, shared = ["--out", str(tmp_path / "alone")], ["--out", str(tmp_path / "shared")]
     assert cli.main([*arguments, *alone]) == 0
     assert cli.main([*arguments, *shared, "--shard", "2/2"]) == 0
@@ -267,6 +267,10 @@ def test_eval_goes_on_and_shares_its_work(tiny_config: Make, tmp_path: Path, cap
     assert scores["jpeg_incompressibility"]["mean"] == pytest.approx(-scores["jpeg_compressibility"]["mean"])
     families = [v for k, v in scores["jpeg_compressibility"].items() if k not in ("mean", "missing", "overall")]
     assert scores["jpeg_compressibility"]["overall"] == pytest.approx(np.mean(families))
+    assert {"strict overall", "strict counting", "overall", "counting"} <= scores["mini"].keys()
+    header = (tmp_path / "alone" / "table.md").read_text().splitlines()[2]
+    assert "| mini: strict overall |" in header
+    assert "mean" not in header
 
     kept = tmp_path / "alone" / "pictures" / "none"
     before = {f.name: f.stat().st_mtime_ns for f in kept.iterdir()}
@@ -282,6 +286,25 @@ def test_eval_goes_on_and_shares_its_work(tiny_config: Make, tmp_path: Path, cap
     assert "holds pictures of another version of 'base, guidance 1'" in capsys.readouterr().err
     assert cli.main([*arguments, *alone, "--shard", "3/2"]) == 2
     assert "--shard = '3/2': write NUMBER/OF" in capsys.readouterr().err
+
+
+def test_a_distillation_has_the_runs_model_sampler_and_micro_batch():
+    changes = {"model.lora.rank": 16, "sampler.steps": 2, "batch.micro_batch": 4, "model.offload": False}
+    changes |= {"model.gradient_checkpointing": False, "model.vae_tiling": True}
+    config = load_recipe("sd35m_geneval").override(changes)
+    first = distillation(config)
+    assert first.model == config.model
+    assert first.sampler == config.sampler
+    assert first.batch.micro_batch == 4
+    assert first.batch.prompts == load_recipe("sd35m_tdm").batch.prompts
+
+
+def test_what_is_wrong_with_a_run_is_said_before_its_distillation(tiny_config: Make, tmp_path: Path):
+    (tmp_path / "tdm.yaml").write_text(dump(tiny_config(algorithm="tdm", surrogate={"carried": 0.0})))
+    config = tiny_config(distill_with=str(tmp_path / "tdm.yaml"), name="late", reward="nobody")
+    with pytest.raises(ValueError, match="reward = 'nobody' is not known"):
+        train(config)
+    assert not (tmp_path / "late").exists()
 
 
 def test_a_run_distils_its_start_first_and_only_once(tiny_config: Make, tmp_path: Path):

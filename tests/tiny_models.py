@@ -163,12 +163,9 @@ def _tokenizer(*, pad: str, end: str) -> PreTrainedTokenizerFast:
 
 
 def _stirred(module: torch.nn.Module) -> torch.nn.Module:
-    """No weight zero, so that every path carries signal and gradient; pad tokens, which Z-Image leaves uninitialised,
-    drawn anew."""
+    """No weight zero, so that every path carries signal and gradient."""
     with torch.no_grad():
-        for name, p in module.named_parameters():
-            if name.endswith("pad_token"):
-                p.copy_(0.05 * torch.randn_like(p))
-            elif float(p.abs().max()) == 0 or p.ndim == 1:
+        for p in module.parameters():
+            if float(p.abs().max()) == 0 or p.ndim == 1:
                 p.add_(0.05 * torch.randn_like(p))
     return module

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -20,8 +22,13 @@ def architectures() -> dict[str, dict[str, Any]]:
 
 
 def architecture_of(path: str) -> str | None:
-    """The name of the architecture behind a hub id, or None."""
-    return next((name for name, a in architectures().items() if path in a["hub"]), None)
+    """The name of the architecture behind a hub id or in a pipeline's folder, or None."""
+    file = Path(path) / "transformer" / "config.json"
+    there = json.loads(file.read_text()) if file.is_file() else {}
+    for name, known in architectures().items():
+        if path in known["hub"] or (there and all(there.get(k) == v for k, v in known["transformer"].items())):
+            return name
+    return None
 
 
 def random_pipeline(name: str, *, device: str, dtype: torch.dtype, **sizes: Any) -> Any:
@@ -45,10 +52,12 @@ def random_pipeline(name: str, *, device: str, dtype: torch.dtype, **sizes: Any)
     return kind(transformer=transformer, vae=vae, scheduler=scheduler, **absent)
 
 
-def text_encoder_parameters(name: str) -> int:
-    """Parameters of the architecture's text encoders together."""
+def text_encoder_parameters(name: str, *, t5: bool = True) -> int:
+    """Parameters of the architecture's text encoders together, T5's among them or not."""
     total = 0
     for encoder in architectures()[name]["text_encoders"]:
+        if encoder["class"] == "T5EncoderModel" and not t5:
+            continue
         kind = getattr(transformers, encoder["class"])
         with torch.device("meta"):
             model = kind(kind.config_class(**encoder["config"]))

@@ -66,8 +66,8 @@ def _unpack(tree: Any, file: Any) -> Any:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file so that it appears whole or not at all."""
+    """Writes a text file so that it appears whole or not at all, also where several processes write it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.write_text(text)
     os.replace(partial, path)

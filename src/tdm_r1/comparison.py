@@ -27,7 +27,7 @@ from .checkpoint import write_text
 from .config import RunConfig, dump, load_recipe
 from .errors import UserError
 from .evaluation import Embedder, Sampling, generate, mean_of
-from .lora_files import load_lora, lora_file, lora_settings
+from .lora_files import load_lora, lora_file, lora_settings, with_strength
 from .mini import bundle
 from .randomness import torch_rng
 from .rewards import Scorer
@@ -50,6 +50,7 @@ class Model:
     name: str
     sampling: Sampling
     lora: Path | None = None
+    strength: float | None = None  # at which its publisher loads it
 
     @property
     def folder(self) -> str:
@@ -99,11 +100,13 @@ class Comparison:
     def _same_evaluation(self) -> None:
         """Refuses a folder whose pictures were made otherwise: they would be taken for these."""
         settings = {"prompts": [p.text for p in self.prompts], "seed": self.config.evaluation.seed}
-        settings |= {"model": self.config.model.path, "resolution": self.config.model.resolution}
+        m = self.config.model
+        settings |= {"model": m.path, "teacher": m.teacher, "resolution": m.resolution, "dtype": m.dtype}
         self._same(self.folder / "settings.json", settings, "other prompts, noise or model")
         for model in self.models:
             file = self.folder / "pictures" / model.folder / "settings.json"
-            self._same(file, asdict(model.sampling) | {"lora": model.digest()}, f"another version of {model.name!r}")
+            made = asdict(model.sampling) | {"lora": model.digest(), "strength": model.strength}
+            self._same(file, made, f"another version of {model.name!r}")
         write_text(self.folder / "config.yaml", dump(self.config))
 
     def _same(self, file: Path, settings: dict, otherwise: str) -> None:
@@ -129,17 +132,18 @@ class Comparison:
         if not wanted:
             return
         student, teacher = load_backbones(self.config)
-        loras = [lora_settings(m.lora) for m in wanted if m.lora]
+        loras = [lora_settings(m.lora, strength=m.strength) for m in wanted if m.lora]
         own = adapter_settings(self.config.model)
         own.r = max([own.r, *(s.r for s in loras)])  # a run's LoRA is wider where it holds what was carried
         roles = lora_roles(student, own, (Role.GENERATOR,), teacher=teacher)
         start, embed = roles.state(Role.GENERATOR), Embedder(student)
+        embed.learn(["", *(self.prompts[i].text for m in wanted for i in self.missing(m, self.shard))])
         noise = torch_rng(self.config.evaluation.seed, 0, "evaluation noise")
         x_1 = torch.randn((len(self.prompts), *student.latent_shape), generator=noise)
         for model in wanted:
             roles.load(Role.GENERATOR, start)
             if model.lora:
-                load_lora(roles, (Role.GENERATOR,), model.lora, own)
+                load_lora(roles, (Role.GENERATOR,), model.lora, own, strength=model.strength)
             for rows in self._batches(model):
                 texts = [self.prompts[i].text for i in rows]
                 images = generate(student, roles, model.sampling, embed, texts, x_1[rows], batch=len(rows))
@@ -166,6 +170,8 @@ class Comparison:
         file = self.folder / "scores" / model.folder / f"{name}.json"
         if not file.exists():
             found = self._held_out(model) if metric == HELD_OUT else self._reward(model, metric)
+            if found.get("missing"):
+                return found  # not filed: the next evaluation asks for them again
             write_text(file, json.dumps(found, indent=1))
         return json.loads(file.read_text())
 
@@ -185,12 +191,20 @@ class Comparison:
         scores = joined(chunks)
         for why in dict.fromkeys(scores.failures):
             self.console.print(f"{metric}: {why}", style="yellow", markup=False)
-        found = {"mean": mean_of(scores.values), "missing": float(np.isnan(scores.values).sum())}
+        found = {"missing": float(np.isnan(scores.values).sum())} | self._means(scores.values)
+        for part, values in scores.parts.items():
+            found |= {f"{part} {number}": value for number, value in self._means(values).items()}
+        return found
+
+    def _means(self, values: np.ndarray) -> dict[str, float]:
+        """The mean, and where prompts come in families each one's and the mean of these; what is all missing is left
+        out."""
         tags = np.array([str(p.metadata.get("tag", "")) for p in self.prompts])
-        by_tag = {tag: mean_of(scores.values[tags == tag]) for tag in dict.fromkeys(tags.tolist()) if tag}
+        by_tag = {tag: mean_of(values[tags == tag]) for tag in dict.fromkeys(tags.tolist()) if tag}
+        found = {"mean": mean_of(values)} | by_tag
         if by_tag:
-            found["overall"] = mean_of(np.array(list(by_tag.values())))
-        return found | by_tag
+            found["overall"] = float(np.mean(list(by_tag.values())))
+        return {name: value for name, value in found.items() if not np.isnan(value)}
 
     @cached_property
     def _scorers(self) -> dict[str, Scorer]:
@@ -228,12 +242,14 @@ class Comparison:
 
 
 def columns_of(result: dict) -> dict[tuple[str, str], str]:
-    """(metric, number) -> title: the trained reward first, by family where prompts have one, then the others."""
+    """(metric, number) -> title: the trained reward first, by family where prompts have one, and what it is made of;
+    then the others."""
     return {
         (metric, number): number if metric == HELD_OUT else metric if number in TOTALS else f"{metric}: {number}"
-        for metric, numbers in result["models"][0]["scores"].items()
+        for model in result["models"]
+        for metric, numbers in model["scores"].items()
         for number in numbers
-        if number != "missing" and not (number == "mean" and "overall" in numbers)
+        if number != "missing" and not (number.endswith("mean") and f"{number[:-4]}overall" in numbers)
     }
 
 
@@ -297,5 +313,12 @@ def models_of(config: RunConfig, loras: Sequence[str], base_steps: int, guidance
     s = config.sampler
     few = Sampling(Role.GENERATOR, s.steps, s.shift, s.solver)
     base = [Model(f"base, guidance {g:g}", Sampling(Role.TEACHER, base_steps, s.shift, guidance=g)) for g in guidance]
-    students = [Model(name, few, None if name == "none" else bundle.student_path(name)) for name in loras]
+    students = [_student(name, few) for name in loras]
     return [*(base if base_steps else []), *students]
+
+
+def _student(name: str, few: Sampling) -> Model:
+    if name == "none":
+        return Model(name, few)
+    lora, strength = with_strength(name)
+    return Model(name, few, bundle.student_path(lora), strength)

@@ -51,12 +51,19 @@ class ModelConfig(BaseModel):
     )
     fake_lora: str | None = Field(None, description="A LoRA folder that the fake score starts from; else the teacher.")
     max_sequence_length: int = Field(256, ge=1, le=512, description="Tokens of a prompt; a mini model knows its own.")
+    t5: bool = Field(
+        True, description="SD3: load T5, by far the largest of its text encoders; without it CLIP alone reads prompts."
+    )
     resolution: int | None = Field(None, ge=16, description="Side of the pictures in px; else the model's own.")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Of the frozen backbone.")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Of the frozen backbone.")
+    device: str = Field(
+        "auto", description="auto, cpu or cuda; CUDA_VISIBLE_DEVICES says which GPU, to rewards in the process too."
+    )
     roles: Literal["lora", "full"] = Field("lora", description="Adapters on one backbone, or a copy for each role.")
     merge: bool = Field(
-        False, description="Run roles that need no gradient as merged copies: faster for small models, costs memory."
+        False,
+        description="Run roles that need no gradient as merged copies: faster for small models, costs memory; in "
+        "float32 alone.",
     )
     gradient_checkpointing: bool = Field(
         False,
@@ -177,6 +184,7 @@ class RunConfig(BaseModel):
             raise ValueError(
                 f"surrogate.carried = {self.surrogate.carried}: adapters carry; set it to 0 with model.roles = full"
             )
+        self._check_precision()
         if self.tdm.fake_scores == "two" and (self.sampler.steps < 2 or self.surrogate.reference == "fake"):
             raise ValueError(
                 "tdm.fake_scores = two, one of them for x_0 alone: that needs sampler.steps >= 2 and a "
@@ -192,6 +200,17 @@ class RunConfig(BaseModel):
         if self.task.eval_prompts is not None and name != "prompts":
             raise ValueError(f"task.eval_prompts goes with task.name = prompts, not with {name!r}")
         return self
+
+    def _check_precision(self) -> None:
+        """What is added to a copy of the backbone's weights is rounded as they are."""
+        added = "model.merge" if self.model.merge else None
+        if self.surrogate.carried and self.surrogate.weights == "full":
+            added = "surrogate.carried with surrogate.weights = full"
+        if added and self.model.dtype != "float32":
+            raise ValueError(
+                f"{added} adds to a copy of the backbone's weights, where small changes vanish in "
+                f"{self.model.dtype}: set it off, or model.dtype to float32"
+            )
 
 
 @dataclass

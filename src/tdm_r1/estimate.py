@@ -22,9 +22,8 @@ from torch.utils.flop_counter import flop_registry
 from .architectures import architecture_of, random_pipeline, text_encoder_parameters
 from .backbones import BACKBONES, Conditioning, PipelineBackbone, guided
 from .config import RunConfig
-from .evaluation import Embedder
 from .roles import TRAINED, Role, Roles
-from .trainer import cast_roles, own_roles
+from .trainer import cast_roles, distillation, own_roles
 
 CLIP_TOKENS = 77  # SD3's pipeline pads to them; T5's are model.max_sequence_length
 PROMPT_TOKENS = 64  # of a prompt, where the model does not pad to a fixed length
@@ -103,9 +102,23 @@ def estimate(config: RunConfig, **sizes: Any) -> Estimate | None:
     working["decode"], arithmetic = play(works.decode)
     flops["decode"] = arithmetic * config.batch.prompts * config.batch.group / works.decoded
     held = _held(config, backbone, teacher, roles) | {"prompts and trajectories": works.kept_bytes()}
-    encoders = text_encoder_parameters(name) * dtype.itemsize
+    encoders = text_encoder_parameters(name, t5=config.model.t5) * dtype.itemsize
     (working if config.model.offload else held)["text encoders"] = encoders
     return Estimate(held, working, flops)
+
+
+def needs(config: RunConfig) -> str:
+    """What a run will need, for people, and what the distillation before it, if there is one."""
+    text = _described(config)
+    if config.distill_with and not config.model.student_lora:
+        first = distillation(config)
+        text += f"\nbefore it {config.distill_with}, {first.iterations} iterations:\n{_described(first)}"
+    return text
+
+
+def _described(config: RunConfig) -> str:
+    found = estimate(config)
+    return describe(found) if found else "no estimate: the sizes of this model are not known here"
 
 
 def describe(found: Estimate) -> str:
@@ -120,7 +133,8 @@ def describe(found: Estimate) -> str:
     lines += [
         f"one iteration: {petaflops:.1f} PFLOP ({shares});",
         f"  at {100 * UTILISATION:.0f} % of an H100's peak (assumed) {found.seconds():.0f} s on 1 GPU, "
-        f"{found.seconds(8):.0f} s on 8 that share its samples; rewards not counted",
+        f"{found.seconds(8):.0f} s on 8 that share its samples (the trainer drives one); rewards, text encoders and",
+        "  evaluations not counted",
     ]
     return "\n".join(lines)
 
@@ -195,11 +209,11 @@ class _Works:
         return self._adapter
 
     def kept_bytes(self) -> int:
-        """Embeddings that are kept, an iteration's own, and its trajectories with every point and clean prediction."""
+        """An iteration's embeddings, and its trajectories with every point and clean prediction."""
         c, samples = self.conditioning, self.config.batch.prompts * self.config.batch.group
         a_prompt = (_bytes(c.embeds) + (0 if c.pooled is None else _bytes(c.pooled))) // len(c)
         points = 2 * self.config.sampler.steps + 1
-        return a_prompt * (Embedder.kept + samples) + points * samples * _bytes(self.x_t[:1])
+        return a_prompt * samples + points * samples * _bytes(self.x_t[:1])
 
     @torch.no_grad()
     def sample(self) -> None:

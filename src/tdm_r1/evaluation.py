@@ -40,20 +40,27 @@ class Sampling:
 
 @dataclass
 class Embedder:
-    """Text embeddings, computed once per distinct prompt while it is among the last ``kept``."""
+    """Text embeddings, computed once per distinct prompt while it is among the last ``kept``, in main memory."""
 
     backbone: Backbone
-    kept: int = 512  # SD3's take 2.7 MB each
+    kept: int = 2048  # SD3's take 2.7 MB each; more than the prompts of an evaluation
     cache: dict[str, Conditioning] = field(default_factory=dict)
 
     def __call__(self, prompts: Sequence[str]) -> Conditioning:
-        found: dict[str, Conditioning] = {}
-        for prompt in dict.fromkeys(prompts):  # one by one: in a batch the last bits would depend on the company
-            found[prompt] = self.cache.pop(prompt) if prompt in self.cache else self.backbone.encode([prompt])
+        found = self.learn(prompts)
+        device = next(self.backbone.transformer.parameters()).device
+        return Conditioning.join([found[p] for p in prompts]).to(device)
+
+    def learn(self, prompts: Sequence[str]) -> dict[str, Conditioning]:
+        """Each distinct prompt's embedding, on the CPU; those that are not known are computed in one go."""
+        wanted = dict.fromkeys(prompts)
+        absent = [p for p in wanted if p not in self.cache]
+        new = [c.to("cpu") for c in self.backbone.encode(absent)] if absent else []
+        found = {p: self.cache.pop(p) for p in wanted if p in self.cache} | dict(zip(absent, new, strict=True))
         self.cache |= found
         for old in list(self.cache)[: -self.kept]:
             del self.cache[old]
-        return Conditioning.join([found[p] for p in prompts])
+        return found
 
 
 def _of_prompts(velocity: Velocity, c: Conditioning, x_t: Tensor, t: Tensor) -> Tensor:
@@ -141,8 +148,7 @@ class Evaluator:
         return generate(self.backbone, self.roles, sampling, self.embed, texts, self.x_1, batch=self.batch)
 
     def __call__(self, sampling: Sampling) -> Evaluation:
-        for prompt in self.prompts[:: self.images_per_prompt]:
-            self.embed([prompt.text])  # not part of the seconds that follow
+        self.embed.learn(["", *(p.text for p in self.prompts)])  # not part of the seconds that follow
         start = time.perf_counter()
         images = self._sample(sampling, self.prompts)
         seconds = time.perf_counter() - start

@@ -78,7 +78,7 @@ def lora_settings(lora: str | Path, *, strength: float | None = None) -> LoraCon
     if not settings:
         raise ValueError(
             f"the LoRA at {str(lora)!r} carries no adapter metadata: save it again with its LoraConfig, or give the "
-            "strength at which it is meant to be loaded (model.student_lora_scale)"
+            "strength at which it is meant to be loaded: model.student_lora_scale in training, LORA@0.125 elsewhere"
         )
     return LoraConfig(
         r=settings["r"],
@@ -86,6 +86,15 @@ def lora_settings(lora: str | Path, *, strength: float | None = None) -> LoraCon
         init_lora_weights="gaussian",
         target_modules=settings["target_modules"],
     )
+
+
+def with_strength(text: str) -> tuple[str, float | None]:
+    """``folder@0.125`` as ("folder", 0.125); without a number behind the last @ the text itself, and None."""
+    name, at, number = text.rpartition("@")
+    try:
+        return (name, float(number)) if at else (text, None)
+    except ValueError:
+        return text, None
 
 
 def lora_file(lora: str | Path) -> Path:

@@ -108,6 +108,14 @@ def anchored_regression(
     return _mean(weight * (ratio * (flow.eps_from_v(v_phi, x_t, t) - eps_ref) - target).square())
 
 
+def clipped(log_ratio: Tensor, advantage: Tensor, limit: float) -> Tensor:
+    """``l_phi - l_ref`` [B], held where a sample has gone further than ``limit`` in its advantage's direction (better
+    samples down, worse ones up): it gets no gradient there. One that went the wrong way keeps its own, as in PPO
+    (arXiv 1707.06347, Eq. 7).
+    """
+    return torch.where(advantage > 0, log_ratio.clamp_min(-limit), log_ratio.clamp_max(limit))
+
+
 # ------------------------------------------------------------------------------------------ generator
 
 

@@ -18,8 +18,15 @@ def save_png(image: Image.Image, path: Path) -> None:
     os.replace(partial, path)
 
 
-def grid(rows: Sequence[tuple[str, np.ndarray]], captions: Sequence[str], *, tile: int = 96) -> Image.Image:
-    """One labelled row of pictures (uint8 [N, H, W, 3]) per entry, a caption above each column."""
+def grid(rows: Sequence[tuple[str, np.ndarray]], captions: Sequence[str], *, tile: int | None = None) -> Image.Image:
+    """One labelled row of pictures (uint8 [N, H, W, 3]) per entry, a caption above each column.
+
+    Args:
+        tile: the side that pictures are shown at, in px; their own between 96 and 256 if None.
+    """
+    own = rows[0][1].shape[1] if rows else 96
+    tile = tile or min(max(own, 96), 256)
+    method = Image.Resampling.LANCZOS if own > tile else Image.Resampling.NEAREST
     font = ImageFont.load_default(size=11)
     label_width, caption_height, gap = 96, 46, 4
     n = len(captions)
@@ -27,12 +34,14 @@ def grid(rows: Sequence[tuple[str, np.ndarray]], captions: Sequence[str], *, til
     canvas = Image.new("RGB", (width, caption_height + len(rows) * (tile + gap)), "white")
     draw = ImageDraw.Draw(canvas)
     for j, caption in enumerate(captions):
-        draw.multiline_text((label_width + j * (tile + gap), 2), _wrap(caption, 16), fill="black", font=font, spacing=1)
+        draw.multiline_text(
+            (label_width + j * (tile + gap), 2), _wrap(caption, tile // 6), fill="black", font=font, spacing=1
+        )
     for i, (label, images) in enumerate(rows):
         y = caption_height + i * (tile + gap)
         draw.multiline_text((4, y + tile // 3), _wrap(label, 14), fill="black", font=font)
         for j in range(n):
-            picture = Image.fromarray(images[j]).resize((tile, tile), Image.Resampling.NEAREST)
+            picture = Image.fromarray(images[j]).resize((tile, tile), method)
             canvas.paste(picture, (label_width + j * (tile + gap), y))
     return canvas
 

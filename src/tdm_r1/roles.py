@@ -50,6 +50,10 @@ class Seat:
     adapter: str | None
 
 
+Acting = tuple[tuple[str, float], ...]
+"""Adapters that act at once, each with its strength."""
+
+
 @dataclass(frozen=True)
 class Carried:
     """What a role acts with on top of its own adapter: ``weight`` times another role's change of the weights."""
@@ -65,9 +69,10 @@ class Roles:
         seats: where each role's weights live.
         velocity_of: the backbone's velocity field of a transformer.
         merge: without gradients, run an adapter as a merged copy of the weights that it adapts. Faster where the
-            model is small; costs that copy for each role.
+            model is small; costs that copy for each role, and rounds in the backbone's precision.
         carried: what roles act with on top of their own adapters, in the layers that these adapt. It is a constant to
-            them: no gradient reaches the carried role. Costs a copy of those layers.
+            them: no gradient reaches the carried role. Another adapter acts beside the role's own; of a role with
+            full weights a copy of those layers is made, in the backbone's precision.
     """
 
     def __init__(
@@ -90,14 +95,14 @@ class Roles:
         self._layers = {key: list(layers.values()) for key, layers in adapted.items()}
         self._base = {key: [layer.base_layer.weight.data for layer in layers] for key, layers in self._layers.items()}
         self._made: dict[tuple[Role, bool], tuple[list[int], list[Tensor]]] = {}  # `_made_once`
-        self._adapter: dict[int, str | None] = {}  # the active adapter of each transformer that has adapters
+        self._active: dict[int, Acting] = {}  # the active adapters of each transformer that has some
         self._weights = {role: dict(self._named(seat)) for role, seat in self._seats.items()}
         for role, weights in self._weights.items():
             if self._owns(role):
                 for p in weights.values():
                     p.requires_grad_(role in TRAINED)
-        for seat in self._seats.values():
-            self._activate(seat.transformer, seat.adapter)
+        for role, seat in self._seats.items():
+            self._activate(seat.transformer, self._acting(role))
         if wrong := [role for role in self.carried if self._seats[role].adapter is None]:
             raise ValueError(f"role {wrong[0]} cannot carry another: it is no adapter")
 
@@ -128,9 +133,9 @@ class Roles:
         """
         seat = self._seats[role]
         key = id(seat.transformer)
-        before, weights = self._adapter[key], [layer.base_layer.weight.data for layer in self._layers[key]]
+        before, weights = self._active[key], [layer.base_layer.weight.data for layer in self._layers[key]]
         merge = self.merge and seat.adapter is not None and not torch.is_grad_enabled()
-        self._activate(seat.transformer, None if merge else seat.adapter)
+        self._activate(seat.transformer, () if merge else self._acting(role))
         self._set_base(key, self._merged_weights(role) if merge else self._carrying_weights(role))
         try:
             yield self._velocity_of(seat.transformer)
@@ -144,15 +149,20 @@ class Roles:
 
     def _merged_weights(self, role: Role) -> list[Tensor]:
         """The weights of the adapted layers with the role's adapter in them."""
-        carrying = self._carrying_weights(role)
-        return self._made_once(
-            role, True, lambda: [(w + d).to(w.dtype) for w, d in zip(carrying, self._deltas(role), strict=True)]
-        )
+
+        def make() -> list[Tensor]:
+            merged = [self._carrying_weights(role), self._deltas(role)]
+            if self._carries_adapter(role):
+                merged.append([self.carried[role].weight * d for d in self._deltas(self.carried[role].role)])
+            return [sum(rest, start=w).to(w.dtype) for w, *rest in zip(*merged, strict=True)]
+
+        return self._made_once(role, True, make)
 
     def _carrying_weights(self, role: Role) -> list[Tensor]:
-        """The weights of the adapted layers that the role's adapter sits on: the backbone's and what it carries."""
+        """The weights of the adapted layers that the role's adapter sits on: the backbone's, with what it carries in
+        them where that is no adapter."""
         base = self._base[id(self._seats[role].transformer)]
-        if role not in self.carried:
+        if role not in self.carried or self._carries_adapter(role):
             return base
         other = self.carried[role]
         return self._made_once(
@@ -161,12 +171,23 @@ class Roles:
             lambda: [(w + other.weight * d).to(w.dtype) for w, d in zip(base, self._deltas(other.role), strict=True)],
         )
 
+    def _carries_adapter(self, role: Role) -> bool:
+        return role in self.carried and self._seats[self.carried[role].role].adapter is not None
+
+    def _acting(self, role: Role) -> Acting:
+        """The adapters that the role acts with: its own, and one that it carries."""
+        own = self._seats[role].adapter
+        if own is None or not self._carries_adapter(role):
+            return () if own is None else ((own, 1.0),)
+        other = self.carried[role]
+        return (own, 1.0), (str(other.role), other.weight)
+
     def copied_bytes(self) -> int:
         """What merged and carried weights come to once every role has been on stage."""
         total = 0
         for role, seat in self._seats.items():
             if seat.adapter is not None:
-                copies = self.merge + (role in self.carried)
+                copies = self.merge + (role in self.carried and not self._carries_adapter(role))
                 total += copies * sum(w.numel() * w.element_size() for w in self._base[id(seat.transformer)])
         return total
 
@@ -174,7 +195,7 @@ class Roles:
         """How ``role`` changes the weights of the layers that are adapted, from where it started."""
         seat = self._seats[role]
         if seat.adapter is not None:
-            return [layer.get_delta_weight(seat.adapter) for layer in self._layers[id(seat.transformer)]]
+            return [_delta(layer, seat.adapter) for layer in self._layers[id(seat.transformer)]]
         key, own = id(self._seats[Role.TEACHER].transformer), self._weights[role]
         starts = zip(self._names[key], self._base[key], strict=True)
         return [own[f"{name}.weight"] - start for name, start in starts]
@@ -188,23 +209,24 @@ class Roles:
                 self._made[role, merged] = (versions, make())
         return self._made[role, merged][1]
 
-    def _activate(self, transformer: nn.Module, adapter: str | None) -> None:
+    def _activate(self, transformer: nn.Module, acting: Acting) -> None:
         key = id(transformer)
-        if key in self._adapter and self._adapter[key] == adapter:
+        if key in self._active and self._active[key] == acting:
             return
         for layer in self._layers[key]:
-            if adapter is None:
-                layer.enable_adapters(False)
-            else:
-                layer.enable_adapters(True)
-                layer.set_adapter(adapter)
-        self._adapter[key] = adapter
+            layer.enable_adapters(bool(acting))
+            if acting:
+                layer.set_adapter([adapter for adapter, _ in acting])
+            for adapter, weight in acting:
+                layer.set_scale(adapter, weight)
+        self._active[key] = acting
         # peft sets requires_grad on every switch; a role's own flags must outlive it, or a backward that runs after
-        # the switch would silently drop gradients
+        # the switch would silently drop gradients. What is carried is a constant
+        constant = {adapter for adapter, _ in acting[1:]}
         for role, weights in self._weights.items():
             if self._layers[key] and self._seats[role].transformer is transformer and self._owns(role):
                 for p in weights.values():
-                    p.requires_grad_(role in TRAINED)
+                    p.requires_grad_(role in TRAINED and str(role) not in constant)
 
     # -------------------------------------------------------------------------------------- weights
 
@@ -248,8 +270,8 @@ class Roles:
         torch._foreach_lerp_([p for p, _ in pairs], [q for _, q in pairs], 1 - decay)
 
     def state(self, role: Role) -> dict[str, Tensor]:
-        """A copy of the role's own weights."""
-        return {name: p.detach().clone() for name, p in self.weights(role).items()}
+        """A copy of the role's own weights, on the CPU."""
+        return {name: p.detach().to("cpu", copy=True) for name, p in self.weights(role).items()}
 
     @torch.no_grad()  # a copy
     def exported(self, role: Role, config: LoraConfig) -> tuple[dict[str, Tensor], LoraConfig]:
@@ -277,6 +299,15 @@ class Roles:
             down, up = _factors((change + other.weight * carried).float(), wide.r)
             weights |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
         return weights, wide
+
+
+def _delta(layer: Any, adapter: str) -> Tensor:
+    """What an adapter at its full strength adds to a layer's weights."""
+    acting = layer.scaling[adapter]
+    layer.set_scale(adapter, 1.0)
+    delta = layer.get_delta_weight(adapter)
+    layer.scaling[adapter] = acting
+    return delta
 
 
 def _factors(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -17,9 +17,10 @@ from .backbones import PipelineBackbone, load_backbone
 from .config import ModelConfig
 from .errors import UserError
 from .evaluation import Embedder, Sampling, generate
-from .lora_files import load_lora, lora_settings
+from .lora_files import load_lora, lora_settings, with_strength
 from .mini import bundle
 from .roles import Role, Roles, lora_roles
+from .solvers import Solver
 from .trainer import resolve_device, resolve_model
 
 if TYPE_CHECKING:
@@ -31,9 +32,13 @@ class FewStepModel:
 
     Args:
         path: 'mini', 'mini_signs', a hub id or a pipeline folder.
-        lora: a LoRA folder; a mini model's name is its bundled 4-step student; None samples the base itself.
-        steps, shift: the few-step grid.
+        lora: a LoRA folder or hub id, with ``@0.125`` behind it where its publisher loads it at such a strength; a mini
+            model's name is its bundled 4-step student; None samples the base itself.
+        steps, shift, solver: the few-step grid, and how it is walked: as the LoRA was trained.
         max_sequence_length: T5 tokens (the mini model knows its own).
+        resolution: side of the pictures in px; the model's own if None.
+        dtype: of the weights; ``auto`` is bfloat16 on a GPU, float32 elsewhere.
+        offload: keep text encoders and autoencoder in main memory while nobody needs them.
     """
 
     def __init__(
@@ -43,20 +48,33 @@ class FewStepModel:
         *,
         steps: int = 4,
         shift: float = 3.0,
+        solver: Solver = "euler",
         max_sequence_length: int = 256,
+        resolution: int | None = None,
+        dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+        offload: bool = False,
         device: str = "auto",
     ) -> None:
-        folder = lora and bundle.student_path(str(lora))
-        settings = lora_settings(folder) if folder else LoraConfig(r=1, target_modules=["to_q"])
+        name, strength = with_strength(str(lora)) if lora else (None, None)
+        folder = name and bundle.student_path(name)
+        settings = lora_settings(folder, strength=strength) if folder else LoraConfig(r=1, target_modules=["to_q"])
         model = ModelConfig(path=path, max_sequence_length=max_sequence_length)
         resolved, _, _, length = resolve_model(model)
+        place = resolve_device(device)
+        if dtype == "auto":
+            dtype = "bfloat16" if place.startswith("cuda") and path not in bundle.MODELS else "float32"
         self.backbone: PipelineBackbone = load_backbone(
-            resolved, max_sequence_length=length, dtype=torch.float32, device=resolve_device(device)
+            resolved,
+            max_sequence_length=length,
+            dtype=getattr(torch, dtype),
+            device=place,
+            resolution=resolution,
+            offload=offload,
         )
         self.roles: Roles = lora_roles(self.backbone, settings, (Role.GENERATOR,))
         if folder:
-            load_lora(self.roles, (Role.GENERATOR,), folder, settings)
-        self.sampling = Sampling(Role.GENERATOR, steps, shift)
+            load_lora(self.roles, (Role.GENERATOR,), folder, settings, strength=strength)
+        self.sampling = Sampling(Role.GENERATOR, steps, shift, solver)
         self.embed = Embedder(self.backbone)
 
     def __call__(self, prompts: Sequence[str], *, seed: int = 0) -> np.ndarray:
@@ -69,7 +87,15 @@ def sample_command(command: Sample) -> None:
     """`tdm-r1 sample`."""
     lora = command.lora or (command.model if command.model in bundle.MODELS else None)
     model = FewStepModel(
-        command.model, lora, steps=command.steps, shift=command.shift, max_sequence_length=command.max_sequence_length
+        command.model,
+        lora,
+        steps=command.steps,
+        shift=command.shift,
+        solver=command.solver,
+        max_sequence_length=command.max_sequence_length,
+        resolution=command.resolution,
+        dtype=command.dtype,
+        offload=command.offload,
     )
     prompts = [p.strip() for p in command.prompt.split("|") if p.strip()]
     if not prompts:

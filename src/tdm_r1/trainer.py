@@ -90,8 +90,6 @@ def load_backbones(config: RunConfig) -> tuple[PipelineBackbone, PipelineBackbon
     m = config.model
     path, _, _, length = resolve_model(m)
     device = resolve_device(m.device)
-    if m.dtype != "float32" and device.startswith("cuda"):
-        torch.set_float32_matmul_precision("high")  # the float32 adapters on it, in TensorFloat32
     load = partial(
         load_backbone,
         max_sequence_length=length,
@@ -102,13 +100,17 @@ def load_backbones(config: RunConfig) -> tuple[PipelineBackbone, PipelineBackbon
         tiling=m.vae_tiling,
         offload=m.offload,
         gradient_checkpointing=m.gradient_checkpointing,
+        t5=m.t5,
     )
-    return load(path), load(m.teacher) if m.teacher else None
+    student = load(path)
+    return student, load(m.teacher, beside=student) if m.teacher else None
 
 
 def cast_roles(config: RunConfig, student: PipelineBackbone, teacher: PipelineBackbone | None) -> Roles:
     """The roles of a run on its backbones; ``teacher`` where it is not the student's."""
     torch.manual_seed(config.seed)  # peft initialises adapters from the global generator
+    if config.model.dtype != "float32" and next(student.transformer.parameters()).is_cuda:
+        torch.set_float32_matmul_precision("high")  # the float32 adapters on it, in TensorFloat32
     own = own_roles(config)
     if config.model.roles == "full":
         return full_roles(student, own, teacher=teacher)
@@ -204,12 +206,12 @@ class Run:
         return metrics | parts
 
     def _score(self, latents: Tensor, prompts: Sequence[Prompt]) -> Scores:
-        """Decodes and scores final latents [P * G, C, H, W] in micro-batches; one is scored while the next is decoded.
+        """Decodes and scores final latents [P * G, C, H, W] in micro-batches, scoring some while the next is decoded.
 
         Raises UserError if the reward teaches nothing.
         """
         c = self.config.batch
-        with ThreadPoolExecutor(1) as background:
+        with ThreadPoolExecutor(self.scorer.parallel) as background:
             pending = [
                 background.submit(self.scorer.each, self.backbone.decode(part), prompts[start : start + c.micro_batch])
                 for start, part in zip(range(0, len(latents), c.micro_batch), latents.split(c.micro_batch), strict=True)
@@ -238,8 +240,21 @@ class Run:
         """
         self.open(resume=resume)
         evaluator = self.evaluator()
-        last = None if self.iteration else self._report(first or evaluator(self.few_step()))
-        with self._progress() as (progress, bar), _interrupts() as interrupted, self._nothing_lost():
+        with self._nothing_lost():
+            last = None if self.iteration else self._report(first or evaluator(self.few_step()))
+            last = self._train(evaluator) or last
+        self.save()
+        if self.iteration < self.config.iterations:
+            self.console.print(
+                f"Stopped after iteration {self.iteration}, saved. Go on with: tdm-r1 train {self.folder} --resume"
+            )
+        self.export(self.folder)
+        return last
+
+    def _train(self, evaluator: Evaluator) -> Evaluation | None:
+        """The loop; returns its last evaluation."""
+        last, every = None, self.config.evaluation.every
+        with self._progress() as (progress, bar), _interrupts() as interrupted:
             while self.iteration < self.config.iterations and not interrupted():
                 start = time.perf_counter()
                 metrics = self.step()
@@ -249,17 +264,10 @@ class Run:
                 text = "  ".join(f"{k} {v:.3f}" for k, v in shown.items())
                 progress.update(bar, completed=self.iteration, shown=text)
                 done = self.iteration == self.config.iterations
-                every = self.config.evaluation.every
                 if done or (every and self.iteration % every == 0):
                     last = self._report(evaluator(self.few_step()))
                 if done or self.iteration % self.config.save_every == 0:
                     self.save()
-        self.save()
-        if self.iteration < self.config.iterations:
-            self.console.print(
-                f"Stopped after iteration {self.iteration}, saved. Go on with: tdm-r1 train {self.folder} --resume"
-            )
-        self.export(self.folder)
         return last
 
     @contextmanager
@@ -403,6 +411,20 @@ def train(config: RunConfig, *, resume: bool = False, console: Console | None = 
     return Run(with_student(config, console), console=console).fit(resume=resume)
 
 
+def distillation(config: RunConfig) -> RunConfig:
+    """The settings of the distillation that ``config.distill_with`` names, with the run's model, sampler, micro-batch.
+
+    Raises UserError if that recipe distils nothing.
+    """
+    settings = {"output": config.output / config.name, "name": "distill", "seed": config.seed}
+    settings |= {"model": config.model.model_dump() | {"teacher": None, "student_lora_scale": None, "fake_lora": None}}
+    settings |= {"sampler": config.sampler.model_dump(), "batch.micro_batch": config.batch.micro_batch}
+    recipe = load_recipe(str(config.distill_with)).override(settings)
+    if recipe.algorithm != "tdm":
+        raise UserError(f"distill_with = {config.distill_with!r}: its algorithm is {recipe.algorithm}; name one of tdm")
+    return recipe
+
+
 def with_student(config: RunConfig, console: Console | None = None) -> RunConfig:
     """The configuration with a few-step start: distils one into the run's folder first, if `distill_with` says so.
 
@@ -410,14 +432,11 @@ def with_student(config: RunConfig, console: Console | None = None) -> RunConfig
     """
     if config.distill_with is None or config.model.student_lora:
         return config
-    settings = {"output": config.output / config.name, "name": "distill", "seed": config.seed}
-    shared = ("path", "device", "dtype", "resolution", "max_sequence_length")
-    settings |= {f"model.{name}": getattr(config.model, name) for name in shared}
-    recipe = load_recipe(config.distill_with).override(settings)
-    if recipe.algorithm != "tdm":
-        raise UserError(f"distill_with = {config.distill_with!r}: its algorithm is {recipe.algorithm}; name one of tdm")
+    recipe = distillation(config)
     folder = recipe.output / recipe.name
     if not (folder / "lora").exists():
+        load_task(config.task)  # what is wrong with the run itself is better said now than after a distillation
+        Scorer(config.reward, config.scoring).close()
         run = Run(recipe, console=console)
         run.fit(resume=bool(run.checkpoints()))
         if run.iteration < recipe.iterations:

@@ -47,7 +47,7 @@ class SurrogateConfig(BaseModel):
         "none", description="Of the preference loss: clip of the log-ratio, or a quadratic anchor to the reference."
     )
     clip: float = Field(
-        1e-3, gt=0, description="Largest |l_phi - l_ref| that still gives gradient (trust_region clip). Ours."
+        1e-3, gt=0, description="Largest gain |l_phi - l_ref| that still gives gradient (trust_region clip). Ours."
     )
     anchor_weight: float = Field(10.0, ge=0, description="Weight of |v_phi - v_ref|^2 (trust_region anchor). Ours.")
     beta: float = Field(100.0, gt=0, description="Published; tied to losses that are means over dimensions.")
@@ -269,7 +269,7 @@ class TDMR1:
             v_phi = velocity(x_t, t, c)
         loss_phi, loss_ref = (losses.denoising(v, x_t, eps, s, t) for v in (v_phi, v_ref))
         if self.config.trust_region == "clip":
-            loss_phi = loss_ref + (loss_phi - loss_ref).clamp(-self.config.clip, self.config.clip)
+            loss_phi = loss_ref + losses.clipped(loss_phi - loss_ref, advantage[part], self.config.clip)
         terms = losses.preference_terms(loss_phi, loss_ref, advantage[part], 1 - s) / self.group_size
         return terms, (v_phi - v_ref).square().flatten(1).mean(1)
 

@@ -11,7 +11,6 @@ from typing import Any
 import diffusers.utils.logging
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline, ZImagePipeline
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from peft import LoraConfig
@@ -61,9 +60,16 @@ class PipelineBackbone(ABC):
     def own_resolution(self) -> int:
         """The side of the model's pictures in px where nobody asks for another."""
 
+    @torch.no_grad()  # text encoders are frozen in every role
+    def encode(self, prompts: Sequence[str]) -> list[Conditioning]:
+        """Embeds each prompt by itself, exactly as the pipeline does, without the unconditional half. By itself, since
+        in a batch the last bits would depend on the company."""
+        with self._at_work(*self._text_encoders()):
+            return [self._encode(prompt) for prompt in prompts]
+
     @abstractmethod
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Embeds prompts exactly as the pipeline does, without the unconditional half."""
+    def _encode(self, prompt: str) -> Conditioning:
+        """One prompt's conditioning."""
 
     @abstractmethod
     def velocity_of(self, transformer: nn.Module) -> Velocity:
@@ -90,13 +96,16 @@ class PipelineBackbone(ABC):
         if self.offload_from is None:
             yield
             return
+        at_home = [(p, p.data) for module in modules for p in module.parameters()]
         for module in modules:
             module.to(self.offload_from)
         try:
             yield
         finally:
+            for p, data in at_home:  # frozen, so that nothing has to be copied back
+                p.data = data
             for module in modules:
-                module.to("cpu")
+                module.to("cpu")  # what is left: buffers
 
     def _device(self) -> torch.device:
         return next(self.transformer.parameters()).device
@@ -122,12 +131,11 @@ class SD3Backbone(PipelineBackbone):
     def own_resolution(self) -> int:
         return self.pipeline.transformer.config.sample_size * self.pipeline.vae_scale_factor
 
-    @torch.no_grad()  # text encoders are frozen in every role
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
+    def _encode(self, prompt: str) -> Conditioning:
         quiet = _quiet() if self.max_sequence_length == 1 else nullcontext()  # one T5 token: T5 is not read at all
-        with quiet, self._at_work(*self._text_encoders()):
+        with quiet:
             embeds, _, pooled, _ = self.pipeline.encode_prompt(
-                prompt=list(prompts),
+                prompt=[prompt],
                 prompt_2=None,
                 prompt_3=None,
                 device=self._device(),
@@ -163,18 +171,14 @@ class ZImageBackbone(PipelineBackbone):
     def own_resolution(self) -> int:
         return 1024
 
-    @torch.no_grad()  # the text encoder is frozen in every role
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        with self._at_work(*self._text_encoders()):
-            found, _ = self.pipeline.encode_prompt(
-                list(prompts),
-                device=self._device(),
-                do_classifier_free_guidance=False,
-                max_sequence_length=self.max_sequence_length,
-            )
-        longest = max(map(len, found))
-        embeds = torch.stack([F.pad(e, (0, 0, 0, longest - len(e))) for e in found])
-        return Conditioning(embeds, lengths=torch.tensor([len(e) for e in found]))
+    def _encode(self, prompt: str) -> Conditioning:
+        (found,), _ = self.pipeline.encode_prompt(
+            [prompt],
+            device=self._device(),
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.max_sequence_length,
+        )
+        return Conditioning(found[None], lengths=torch.tensor([len(found)]))
 
     def velocity_of(self, transformer: nn.Module) -> Velocity:
         dtype = _base_dtype(transformer)
@@ -208,25 +212,34 @@ def load_backbone(
     tiling: bool = False,
     offload: bool = False,
     gradient_checkpointing: bool = False,
+    t5: bool = True,
+    beside: PipelineBackbone | None = None,
 ) -> PipelineBackbone:
     """Loads a pipeline from a hub id or a local folder.
 
     Args:
-        tiling, offload, gradient_checkpointing: see `config.ModelConfig`.
+        tiling, offload, gradient_checkpointing, t5: see `config.ModelConfig`.
+        beside: a backbone that this one is used with, as its teacher: it gives everything but the transformer, which
+            alone is loaded.
 
     Raises ValueError on a pipeline of another kind, and where the hub cannot or will not give it.
     """
+    given = {} if beside is None else {k: v for k, v in beside.pipeline.components.items() if k != "transformer"}
+    if not t5:
+        given |= {"text_encoder_3": None, "tokenizer_3": None}
     with _no_loading_bars(), _told_by_the_hub(path):
-        pipeline = DiffusionPipeline.from_pretrained(path, dtype=dtype)
+        pipeline = DiffusionPipeline.from_pretrained(path, dtype=dtype, **given)
     if type(pipeline) not in BACKBONES:
         known = ", ".join(kind.__name__ for kind in BACKBONES)
         raise ValueError(f"model.path = {path!r} is a {type(pipeline).__name__}: supported are {known}")
+    if not t5 and not isinstance(pipeline, StableDiffusion3Pipeline):
+        raise ValueError(f"model.t5 = False: {path!r} is a {type(pipeline).__name__}, which has no T5; leave it out")
     pipeline.set_progress_bar_config(disable=True)
     if tiling:
         pipeline.vae.enable_tiling()
     if gradient_checkpointing:
         pipeline.transformer.enable_gradient_checkpointing()
-    (pipeline.transformer if offload else pipeline).to(device)
+    (pipeline.transformer if offload or beside else pipeline).to(device)
     return BACKBONES[type(pipeline)](
         pipeline,
         max_sequence_length=max_sequence_length,

@@ -41,6 +41,12 @@ class Conditioning:
             self.embeds.expand(n, -1, -1), pooled, None if self.lengths is None else self.lengths.expand(n)
         )
 
+    def to(self, device: torch.device | str) -> Conditioning:
+        """The same on ``device``; lengths stay."""
+        return Conditioning(
+            self.embeds.to(device), None if self.pooled is None else self.pooled.to(device), self.lengths
+        )
+
     @staticmethod
     def join(parts: Sequence[Conditioning]) -> Conditioning:
         """Several one after the other, padded to the longest."""
@@ -61,7 +67,7 @@ class Backbone(Protocol):
     transformer: nn.Module
     latent_shape: tuple[int, int, int]
 
-    def encode(self, prompts: Sequence[str]) -> Conditioning: ...
+    def encode(self, prompts: Sequence[str]) -> list[Conditioning]: ...
 
     def velocity_of(self, transformer: nn.Module) -> Velocity: ...
 
