@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from tdm_r1.errors import UserError
+from tdm_r1.rewards import Scores
 from tdm_r1.tasks import Prompt
 
 GREYS = (0, 51, 102, 153, 204, 255)
@@ -23,6 +24,11 @@ SCORES = [v / 255 for v in GREYS]
 
 def brightness(images, prompts, metadata):
     return images.mean((1, 2, 3)) / 255
+
+
+def graded(images, prompts, metadata):
+    scores = brightness(images, prompts, metadata)
+    return Scores(scores, {"strict": (scores > 0.5).astype(float)})
 
 
 def raises(images, prompts, metadata):

@@ -14,7 +14,7 @@ from tdm_r1 import cli
 from tdm_r1.checkpoint import load_state, save_state
 from tdm_r1.config import RunConfig, dump, load_recipe, validate
 from tdm_r1.errors import UserError
-from tdm_r1.mini.report import finished_run
+from tdm_r1.mini.report import changes, finished_run, markdown
 from tdm_r1.recipes import recipe_names
 from tdm_r1.tasks import PromptFileTask, read_prompts
 
@@ -234,3 +234,17 @@ def test_a_study_takes_up_runs_that_finished_with_its_settings_and_no_others(tmp
     assert finished_run(wanted, "study_mini_seed0") is None
     last = leave("study_mini_seed0_4")
     assert finished_run(wanted, "study_mini_seed0") == last
+
+
+def test_changes_are_measured_on_the_same_noise():
+    """Draws differ more from each other than before and after do: the change has the smaller error."""
+    start = [{"frechet": 5.0}, {"frechet": 9.0}, {"frechet": 7.0}]
+    end = [{"frechet": 4.0}, {"frechet": 7.0}, {"frechet": 4.0}]
+    found = changes(start, end)["frechet"]
+    assert found == {"mean": -2.0, "error": pytest.approx(1 / 3**0.5, abs=1e-4)}
+    record = {"seed": 0, "minutes": 1.0, "reward_evaluations": 8}
+    record |= {"base": {"frechet": 3.0}, "before": {"frechet": 6.0}, "after": {"frechet": 4.5}}
+    records = {"old": [record], "new": [record | {"change": {"frechet": found}}] * 4}
+    page = markdown({"recipe": records, "noise_floor": {"frechet": 0.5}})
+    assert "| frechet | 3.000 | 6.000 | 4.500 |  | 0.5 | down |" in page
+    assert "| frechet | 3.000 ± 0.000 | 6.000 ± 0.000 | 4.500 ± 0.000 | -2.000 ± 0.289 | 0.5 | down |" in page

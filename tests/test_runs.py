@@ -15,6 +15,7 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from PIL import Image
 from safetensors.torch import load_file
 
+from reward_examples import here
 from tdm_r1 import cli
 from tdm_r1.algorithms.tdm import few_step_sample
 from tdm_r1.config import RunConfig, dump, load_recipe
@@ -250,7 +251,7 @@ def test_eval_goes_on_and_shares_its_work(tiny_config: Make, tmp_path: Path, cap
     config = tiny_config(reward="jpeg_compressibility")
     (tmp_path / "recipe.yaml").write_text(dump(config))
     arguments = ["eval", str(tmp_path / "recipe.yaml"), "--lora", "none", "--base-steps", "3", "--guidance", "1", "2"]
-    arguments += ["--metrics", "jpeg_incompressibility", "mini"]
+    arguments += ["--metrics", "jpeg_incompressibility", here("graded")]
     alone, shared = ["--out", str(tmp_path / "alone")], ["--out", str(tmp_path / "shared")]
     assert cli.main([*arguments, *alone]) == 0
     assert cli.main([*arguments, *shared, "--shard", "2/2"]) == 0
@@ -267,9 +268,9 @@ def test_eval_goes_on_and_shares_its_work(tiny_config: Make, tmp_path: Path, cap
     assert scores["jpeg_incompressibility"]["mean"] == pytest.approx(-scores["jpeg_compressibility"]["mean"])
     families = [v for k, v in scores["jpeg_compressibility"].items() if k not in ("mean", "missing", "overall")]
     assert scores["jpeg_compressibility"]["overall"] == pytest.approx(np.mean(families))
-    assert {"strict overall", "strict counting", "overall", "counting"} <= scores["mini"].keys()
+    assert {"strict overall", "strict counting", "overall", "counting"} <= scores[here("graded")].keys()
     header = (tmp_path / "alone" / "table.md").read_text().splitlines()[2]
-    assert "| mini: strict overall |" in header
+    assert f"| {here('graded')}: strict overall |" in header
     assert "mean" not in header
 
     kept = tmp_path / "alone" / "pictures" / "none"

@@ -25,6 +25,7 @@ from .bundle import MODELS
 from .task import DIRECTION
 
 BASE_STEPS = 20  # Euler steps of the many-step base, at shift 3
+DRAWS = 4  # of noise that a study measures start and end on, beside the evaluation's own
 BASE_GUIDANCE = 2.0  # its guidance: the one that the student was distilled with, whatever the teacher of a recipe has
 
 
@@ -102,15 +103,35 @@ def better(metric: str) -> str:
     return DIRECTION.get(name if task in MODELS else metric, "")
 
 
-def noise_floor(config: RunConfig, repeats: int = 6) -> dict[str, float]:
-    """Standard deviation of each metric of the 4-step student over fresh evaluation noise."""
-    run = Run(config)
+Draws = list[dict[str, float]]
+"""Metrics of one model on several draws of the evaluation's noise."""
+
+
+def over_noise(run: Run) -> Draws:
+    """The run's model as it is, measured on `DRAWS` draws of noise that neither training nor its evaluations used."""
     rows = []
-    for k in range(repeats):
+    for k in range(DRAWS):
         evaluator = run.evaluator()
         evaluator.x_1 = torch.randn(evaluator.x_1.shape, generator=torch.Generator().manual_seed(900 + k))
-        rows.append(evaluator(run.few_step()).metrics)
-    return {name: round(float(np.std([r[name] for r in rows], ddof=1)), 4) for name in rows[0] if better(name)}
+        found = evaluator(run.few_step()).metrics
+        rows.append({name: value for name, value in found.items() if better(name) or name == "reward"})
+    return rows
+
+
+def changes(start: Draws, end: Draws) -> dict[str, dict[str, float]]:
+    """Each metric's mean change on the same noise, and its standard error over draws."""
+    found = {}
+    for name in end[0]:
+        gains = np.array([b[name] - a[name] for a, b in zip(start, end, strict=True)])
+        found[name] = {"mean": float(gains.mean()), "error": float(gains.std(ddof=1) / np.sqrt(len(gains)))}
+    return {name: _rounded(change) for name, change in found.items()}
+
+
+def _finished(folder: Path) -> Run:
+    """A finished run, as it was at its end."""
+    run = Run(load_recipe(str(folder)))
+    run.load(run.checkpoints()[-1])
+    return run
 
 
 def _rounded(metrics: Mapping[str, float]) -> dict[str, float]:
@@ -123,16 +144,17 @@ def study(recipe: str, seeds: Sequence[int], label: str, output: Path, out: Path
     Seeds that an interrupted study had finished with the same settings are not run again. The first seed's picture goes
     beside the records, under the label.
     """
-    folders, records = [], []
-    for seed in seeds:
-        folder = completed_run(recipe, seed, output, "study", console)
-        folders.append(folder)
-        records.append(json.loads((folder / "result.json").read_text()))
+    folders = [completed_run(recipe, seed, output, "study", console) for seed in seeds]
     config = load_recipe(recipe)
     out = out or Path(f"docs/results/{config.task.name}.json")
     results = json.loads(out.read_text()) if out.exists() else {"recipe": {}, "noise_floor": {}}
-    results["noise_floor"] = noise_floor(config)
-    results["recipe"][label] = records
+    console.print(f"Measuring the start and every run's end on {DRAWS} more draws of noise ...")
+    start = over_noise(Run(config))
+    results["noise_floor"] = {n: round(float(np.std([row[n] for row in start], ddof=1)), 4) for n in start[0]}
+    results["recipe"][label] = [
+        json.loads((folder / "result.json").read_text()) | {"change": changes(start, over_noise(_finished(folder)))}
+        for folder in folders
+    ]
     write_text(out, json.dumps(results, indent=1))
     write_text(out.with_suffix(".md"), markdown(results))
     picture = out.with_name(f"mini_{label.removeprefix('mini_')}.png")
@@ -181,8 +203,9 @@ def markdown(results: Mapping) -> str:
         "",
         "Written by `tdm-r1 mini study RECIPE` from the JSON file of the same name; not edited by hand. Each cell is",
         "the mean over seeds, with the standard deviation over seeds where there are several. The noise floor is the",
-        "standard deviation of the 4-step student's figure over fresh evaluation noise. What `mini/` stands before is",
-        "measured on the shapes' prompts.",
+        "standard deviation of the 4-step student's figure over fresh evaluation noise. The change is from before to",
+        f"after on the same noise, as the mean of {DRAWS} other draws with its standard error over them; runs filed",
+        "before it was measured have none. What `mini/` stands before is measured on the shapes' prompts.",
     ]
     for recipe, records in results["recipe"].items():
         seeds = ", ".join(str(r["seed"]) for r in records)
@@ -194,14 +217,23 @@ def markdown(results: Mapping) -> str:
             "",
             f"Seeds {seeds}; {minutes:.1f} minutes and {scored:,.0f} scored images a run.",
             "",
-            "| metric | base, 20 guided steps | 4 steps, before | 4 steps, after | noise floor | better is |",
-            "|---|---|---|---|---|---|",
+            "| metric | base, 20 guided steps | 4 steps, before | 4 steps, after | change | noise floor | better is |",
+            "|---|---|---|---|---|---|---|",
         ]
         for name in records[0]["after"]:
             cells = [_cell([r[k].get(name) for r in records]) for k in ("base", "before", "after")]
             floor = results["noise_floor"].get(name, "")
-            lines.append(f"| {name} | {' | '.join(cells)} | {floor} | {better(name)} |")
+            change = _change([r.get("change", {}).get(name) for r in records])
+            lines.append(f"| {name} | {' | '.join(cells)} | {change} | {floor} | {better(name)} |")
     return "\n".join(lines) + "\n"
+
+
+def _change(found: list[dict[str, float] | None]) -> str:
+    known = [change for change in found if change]
+    if not known:
+        return ""
+    error = np.sqrt(sum(change["error"] ** 2 for change in known)) / len(known)
+    return f"{np.mean([change['mean'] for change in known]):+.3f} ± {error:.3f}"
 
 
 def _cell(values: list[float | None]) -> str:
