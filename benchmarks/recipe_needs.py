@@ -53,8 +53,8 @@ def markdown(rows: list[dict]) -> str:
         "the worst moment (an allocator wastes some more), checked against real passes of small models of the same",
         f"classes (tests/test_estimate.py). Time takes {100 * UTILISATION:.0f} % of an H100's {GPU_FLOPS / 1e12:.0f} "
         "TFLOP/s in bfloat16, which is",
-        "assumed, and leaves rewards out. The trainer drives one GPU so far: the column for 8 says what sharing the",
-        "samples would give, communication not counted.",
+        "assumed, and leaves out rewards, text encoders at work and evaluations. The trainer drives one GPU so far:",
+        "the column for 8 says what sharing the samples would give, communication not counted.",
         "",
         "| recipe | samples | micro-batch | GiB on one GPU | PFLOP an iteration | s on 1 x 80 GB | s on 8 x 80 GB | "
         "iterations | hours on 1 |",

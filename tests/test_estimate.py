@@ -18,6 +18,7 @@ from tdm_r1.algorithms.tdm_r1 import TDMR1
 from tdm_r1.architectures import architecture_of, architectures, random_pipeline, text_encoder_parameters
 from tdm_r1.config import RunConfig, load_recipe
 from tdm_r1.estimate import Meter, estimate, network_evaluations, random_backbone, random_conditioning
+from tdm_r1.recipes import recipe_text
 from tdm_r1.roles import Role
 from tdm_r1.trainer import Run, cast_roles
 
@@ -57,6 +58,21 @@ def test_a_models_folder_is_known_by_its_sizes(tmp_path: Path):
         assert architecture_of(str(tmp_path)) == name
     file.write_text(json.dumps({"num_layers": 3}))
     assert architecture_of(str(tmp_path)) is None
+
+
+@pytest.mark.parametrize(
+    "row", json.loads((ROOT / "docs/results/recipe_needs.json").read_text()), ids=lambda r: r["recipe"]
+)
+def test_recipes_state_what_they_need(row: dict):
+    """As docs/results/recipe_needs.json has it; one recipe holds that file to the code: all take minutes."""
+    text = recipe_text(row["recipe"])
+    assert f"Expected of 1 x 80 GB: {row['peak_gib']} GiB and {row['seconds_1_gpu']} s an iteration" in text
+    assert f"of 8 that share the samples {row['seconds_8_gpus']} s" in text
+    if row["recipe"] == "sd35m_tdm":
+        found = estimate(load_recipe("sd35m_tdm"))
+        assert found is not None
+        assert round(found.peak / 2**30, 1) == row["peak_gib"]
+        assert round(found.seconds(), 1) == row["seconds_1_gpu"]
 
 
 @pytest.mark.parametrize(
