@@ -133,8 +133,8 @@ def describe(found: Estimate) -> str:
     lines += [
         f"one iteration: {petaflops:.1f} PFLOP ({shares});",
         f"  at {100 * UTILISATION:.0f} % of an H100's peak (assumed) {found.seconds():.0f} s on 1 GPU, "
-        f"{found.seconds(8):.0f} s on 8 that share its samples (the trainer drives one); rewards, text encoders and",
-        "  evaluations not counted",
+        f"{found.seconds(8):.0f} s on 8 that share its samples (the trainer drives one so far);",
+        "  rewards, text encoders and evaluations not counted",
     ]
     return "\n".join(lines)
 
