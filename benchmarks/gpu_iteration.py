@@ -1,8 +1,8 @@
 """What an iteration costs at full size: SD3.5-M and Z-Image with random weights, 512 px, on one GPU.
 
 Seconds and peak memory of each part, what `tdm_r1.estimate` expected, and the share of the GPU's peak arithmetic (model
-FLOP utilisation, and hardware's, which counts what checkpointing computes again). The
-reward is random numbers. With ``--tiny`` the same code runs on small transformers and a CPU.
+FLOP utilisation, and hardware's, which counts what checkpointing computes again). The reward is random numbers. With
+``--tiny`` the same code runs on small transformers and a CPU.
 
 Run: ``python benchmarks/gpu_iteration.py`` (writes docs/results/gpu_iteration.json and .md).
 """

@@ -151,6 +151,5 @@ def test_what_plain_diffusers_has_next_to_our_dpm():
         prompts, num_inference_steps=4, guidance_scale=1.0, max_sequence_length=1, latents=x_1, output_type="np"
     ).images
     to_dpm, to_euler = (np.abs(255 * plain - ours).mean() for ours in (dpm, euler))
-    print(to_dpm, to_euler)
     assert to_dpm < 2
     assert to_dpm < to_euler / 2

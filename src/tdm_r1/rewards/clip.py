@@ -41,9 +41,8 @@ class Clip:
     @torch.no_grad()  # a frozen black box
     def embed_images(self, images: Sequence[np.ndarray]) -> Tensor:
         """Pictures, uint8 [H, W, 3] of any sizes, to [B, D]."""
-        given = [
-            Image.fromarray(image) for image in images
-        ]  # of an array of 3 rows one cannot tell which axis is colour
+        # as pictures: of an array of three rows the processor could not tell which axis is colour
+        given = [Image.fromarray(image) for image in images]
         if self.letterbox:
             given = [fitted(image, self.images.crop_size["height"]) for image in given]
         pixels = self.images(images=given, return_tensors="pt")["pixel_values"].to(self.device)
