@@ -1,8 +1,10 @@
 """What an iteration costs at full size: SD3.5-M and Z-Image with random weights, 512 px, on one GPU.
 
-Seconds and peak memory of each part, what `tdm_r1.estimate` expected, and the share of the GPU's peak arithmetic (model
-FLOP utilisation, and hardware's, which counts what checkpointing computes again). The reward is random numbers. With
-``--tiny`` the same code runs on small transformers and a CPU.
+A pipeline of random weights is written to a temporary folder, text encoders and all (16 to 20 GB), and the recipe's own
+run trains on it, with the teacher beside the student where the recipe has another: loading, text encoders, every part of
+an iteration, saving. Seconds and peak memory of each, what `tdm_r1.estimate` expected, and the share of the GPU's peak
+arithmetic (model FLOP utilisation, and hardware's, which counts what checkpointing computes again). The reward is random
+numbers. With ``--tiny`` the same code runs on small networks and a CPU.
 
 Run: ``python benchmarks/gpu_iteration.py`` (writes docs/results/gpu_iteration.json and .md).
 """
@@ -11,17 +13,25 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import transformers
 
 from phases import Phases
 from tdm_r1.algorithms.tdm_r1 import TDMR1
+from tdm_r1.architectures import architectures, random_pipeline
 from tdm_r1.config import RunConfig, load_recipe
-from tdm_r1.estimate import GPU_FLOPS, estimate, random_backbone, random_conditioning
-from tdm_r1.trainer import cast_roles
+from tdm_r1.estimate import GPU_FLOPS, estimate
+from tdm_r1.trainer import Run
+
+sys.path.append(str(Path(__file__).parent.parent / "tests"))
+from tiny_models import TEMPLATE, letters_tokenizer
 
 MODELS = {"sd35_medium": "sd35m_geneval", "z_image": "zimage_geneval"}  # architecture and recipe
 TINY: dict[str, dict[str, Any]] = {
@@ -45,6 +55,11 @@ TINY: dict[str, dict[str, Any]] = {
         "axes_lens": [1024, 64, 64],
     },
 }
+TINY_TEXT: dict[str, dict[str, Any]] = {  # text encoders that fit them
+    "CLIPTextModelWithProjection": {"hidden_size": 16, "projection_dim": 16, "num_attention_heads": 2},
+    "T5EncoderModel": {"d_model": 48, "d_ff": 16, "num_layers": 1},
+    "Qwen3Model": {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 64},
+}
 
 
 def main() -> None:
@@ -56,84 +71,73 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=2, help="measured, after one that warms up")
     parser.add_argument("--resolution", type=int, default=512)
     parser.add_argument("--keep-activations", action="store_true", help="no gradient checkpointing")
-    parser.add_argument("--tiny", action="store_true", help="small transformers, for a machine without a GPU")
+    parser.add_argument("--tiny", action="store_true", help="small networks, for a machine without a GPU")
     parser.add_argument("--out", type=Path, default=Path("docs/results/gpu_iteration.json"))
     args = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = []
     for name in args.models:
-        config = load_recipe(MODELS[name]).override(
+        recipe = load_recipe(MODELS[name])
+        config = recipe.override(
             {
                 "iterations": args.iterations + 1,
                 "batch.prompts": args.prompts,
                 "batch.group": args.group,
-                "batch.micro_batch": args.micro_batch or load_recipe(MODELS[name]).batch.micro_batch,
+                "batch.micro_batch": args.micro_batch or recipe.batch.micro_batch,
                 "model.resolution": args.resolution,
                 "model.gradient_checkpointing": not args.keep_activations,
-                "model.teacher": None,  # one transformer: a second one costs its weights and no time
-                "model.offload": False,
+                "distill_with": None,
             }
         )
-        rows.append(measure(name, config, args.iterations, device, TINY[name] if args.tiny else {}))
-        print(json.dumps(rows[-1], indent=1))
+        with tempfile.TemporaryDirectory() as folder:
+            rows.append(measure(name, config, Path(folder), args.iterations, tiny=args.tiny))
+        print(json.dumps(rows[-1], indent=1), flush=True)
     result = {"device": _device_name(), "torch": torch.__version__, "tiny": args.tiny, "models": rows}
     args.out.write_text(json.dumps(result, indent=1))
     args.out.with_suffix(".md").write_text(markdown(result))
     print(f"Wrote {args.out} and .md")
 
 
-def measure(name: str, config: RunConfig, iterations: int, device: str, sizes: dict[str, Any]) -> dict[str, Any]:
-    """One model's row; ``sizes`` of the transformer in place of the architecture's own."""
-    torch.manual_seed(0)
-    backbone = random_backbone(name, config, device=device, **sizes)
-    with torch.device(device):
-        roles = cast_roles(config, backbone, None)
-    algorithm = TDMR1(
-        roles,
-        random_conditioning(backbone, 1, device=device),
-        config.sampler,
-        config.tdm,
-        config.surrogate,
-        config.balance,
-        iterations=iterations + 1,
-        group_size=config.batch.group,
-        trained=config.batch.trained or config.batch.group,
-        micro_batch=config.batch.micro_batch,
-    )
-    noise = torch.Generator().manual_seed(1)
-
-    def score(latents: torch.Tensor) -> torch.Tensor:
-        backbone.decode(latents)
-        return torch.rand(len(latents), generator=noise).to(device)
-
-    def step() -> None:
-        c = random_conditioning(backbone, config.batch.prompts, device=device)
-        c = c.rows(torch.arange(config.batch.prompts).repeat_interleave(config.batch.group))
-        x_1 = torch.randn(len(c), *backbone.latent_shape, generator=noise).to(device)
-        algorithm.step(c, x_1, score, noise)
-
-    step()  # warm-up
-    phases = Phases(algorithm, backbone)
+def measure(name: str, config: RunConfig, folder: Path, iterations: int, *, tiny: bool) -> dict[str, Any]:
+    """One model's row; ``folder`` takes the random pipeline and the run."""
+    save_random_pipeline(name, folder / "pipeline", getattr(torch, config.model.dtype), tiny=tiny)
+    here = {"output": folder, "name": "run", "model.path": str(folder / "pipeline")}
+    here |= {"model.teacher": here["model.path"]} if config.model.teacher else {}
+    start = time.perf_counter()
+    run = Run(config.override(here), reward=random_scores)
+    loading = time.perf_counter() - start
+    run.step()  # warm-up
+    assert isinstance(run.algorithm, TDMR1)
+    phases = Phases(run.algorithm, run.backbone)
+    phases.wrap(run.backbone, "encode", "text encoders")
     start = time.perf_counter()
     for _ in range(iterations):
-        step()
+        metrics = run.step()
     seconds = (time.perf_counter() - start) / iterations
+    start = time.perf_counter()
+    run.save()
+    run.export(run.folder)
+    saving = time.perf_counter() - start
+    sizes = TINY[name] if tiny else {}
     expected = estimate(config, **sizes)
     once = estimate(config.override({"model.gradient_checkpointing": False}), **sizes)
     assert expected is not None
     assert once is not None
-    held = sum(size for what, size in expected.held.items() if what != "text encoders")  # there are none here
+    held = sum(expected.held.values())
     return {
         "model": name,
+        "recipe": MODELS[name],
         "samples": config.batch.prompts * config.batch.group,
         "micro_batch": config.batch.micro_batch,
         "resolution": config.model.resolution,
         "gradient_checkpointing": config.model.gradient_checkpointing,
+        "loading": round(loading, 1),
         "seconds": round(seconds, 3),
+        "saving": round(saving, 2),
+        "finite": all(np.isfinite(value) for value in metrics.values()),
         "petaflops": sum(expected.flops.values()) / 1e15,
         "model_utilisation": sum(once.flops.values()) / seconds / GPU_FLOPS,
         "hardware_utilisation": sum(expected.flops.values()) / seconds / GPU_FLOPS,
-        "expected_peak": (held + max(expected.working[p] for p in phases.seconds)) / 2**30,
+        "expected_peak": expected.peak / 2**30,
         "parts": {
             part: {
                 "seconds": round(s / iterations, 4),
@@ -143,6 +147,27 @@ def measure(name: str, config: RunConfig, iterations: int, device: str, sizes: d
             for part, s in phases.seconds.items()
         },
     }
+
+
+def save_random_pipeline(name: str, folder: Path, dtype: torch.dtype, *, tiny: bool) -> None:
+    """A folder as the hub has it, with random weights; the tokenizers know letters alone."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parts: dict[str, Any] = {}
+    for i, encoder in enumerate(architectures()[name]["text_encoders"]):
+        number = f"_{i + 1}" if i else ""
+        kind = getattr(transformers, encoder["class"])
+        sizes = encoder["config"] | (TINY_TEXT[encoder["class"]] if tiny else {})
+        with torch.device(device):
+            parts[f"text_encoder{number}"] = kind(kind.config_class(**sizes)).to(dtype)
+        parts[f"tokenizer{number}"] = letters_tokenizer(77)  # CLIP's
+        parts[f"tokenizer{number}"].chat_template = TEMPLATE
+    pipeline = random_pipeline(name, device=device, dtype=dtype, **(TINY[name] if tiny else {}))
+    pipeline.register_modules(**parts)
+    pipeline.save_pretrained(folder)
+
+
+def random_scores(images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> np.ndarray:
+    return np.random.default_rng(len(images)).random(len(images))
 
 
 def _device_name() -> str:
@@ -163,10 +188,11 @@ def markdown(result: dict) -> str:
             f"## {row['model']}",
             "",
             f"{row['samples']} samples of {row['resolution']} px, micro-batches of {row['micro_batch']}, "
-            f"{checkpointing} gradient checkpointing: {row['seconds']:.2f} s an iteration, "
+            f"{checkpointing} gradient checkpointing (`{row['recipe']}`): {row['seconds']:.2f} s an iteration, "
             f"{row['petaflops']:.3g} PFLOP, "
             f"{100 * row['hardware_utilisation']:.3g} % of an H100's peak ({100 * row['model_utilisation']:.3g} % "
-            f"without what checkpointing computes again); {row['expected_peak']:.2f} GiB expected.",
+            f"without what checkpointing computes again); {row['expected_peak']:.2f} GiB expected. Loading took "
+            f"{row['loading']:.1f} s, saving {row['saving']:.1f} s.",
             "",
             "| part | seconds | peak, GiB | expected, GiB |",
             "|---|---|---|---|",

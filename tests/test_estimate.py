@@ -144,7 +144,7 @@ def test_gpu_benchmark_runs_on_a_cpu_with_tiny_transformers(tmp_path: Path):
     result = json.loads(out.read_text())
     assert [row["model"] for row in result["models"]] == ["sd35_medium", "z_image"]
     parts = result["models"][0]["parts"]
-    assert set(parts) == {"rollout", "decode", "diagnostics", "surrogate", "fake score", "generator"}
+    assert set(parts) == {"text encoders", "rollout", "decode", "diagnostics", "surrogate", "fake score", "generator"}
     assert all(p["seconds"] > 0 and p["expected_gib"] > 0 for p in parts.values())
     assert set(architectures()) >= {"sd35_medium", "z_image"}
     assert "| surrogate |" in out.with_suffix(".md").read_text()

@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
+from tdm_r1.algorithms.tdm import Optimizer, OptimizerConfig
 from tdm_r1.backbones import Conditioning, PipelineBackbone, load_backbone
 from tdm_r1.config import LORA_TARGETS
 from tdm_r1.lora_files import load_lora
@@ -192,6 +193,34 @@ def test_merged_roles_are_the_same_roles(random_model: Path):
             fake(*args)
         loss.backward()
     assert all(torch.equal(p, base[n]) for n, p in backbone.transformer.named_parameters() if n in base)
+
+
+def test_merged_roles_follow_kernels_that_pytorch_does_not_count(monkeypatch, random_model: Path):
+    """On a GPU neither an average nor an optimizer need raise the version of what it changes."""
+
+    def lerp(targets, sources, weight):
+        for p, q in zip(targets, sources, strict=True):
+            p.data.lerp_(q, weight)
+
+    def step(self):
+        for p in (p for group in self.param_groups for p in group["params"]):
+            p.data.add_(0.05)
+
+    monkeypatch.setattr(torch, "_foreach_lerp_", lerp)
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    backbone = load(random_model)
+    roles = lora_roles(backbone, lora(), OWN, merge=True)
+    args = inputs(backbone)
+
+    def seen(role: Role) -> torch.Tensor:
+        with torch.no_grad(), roles.use(role) as velocity:
+            return velocity(*args)
+
+    start = seen(Role.GENERATOR), seen(Role.GENERATOR_EMA)
+    Optimizer(roles.parameters(Role.GENERATOR), OptimizerConfig(learning_rate=1.0), total=1).step()
+    roles.average(Role.GENERATOR_EMA, Role.GENERATOR, 0.5)
+    assert not torch.equal(seen(Role.GENERATOR), start[0])
+    assert not torch.equal(seen(Role.GENERATOR_EMA), start[1])
 
 
 CARRIED = {Role.GENERATOR: Carried(Role.SURROGATE, 0.7), Role.FAKE: Carried(Role.SURROGATE, 0.7)}

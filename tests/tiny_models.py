@@ -74,7 +74,7 @@ def sd3(folder: Path, *, seed: int = 0, dual: bool = False) -> Path:
         text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**clip)),
         tokenizer_2=clip_tokenizer,
         text_encoder_3=T5EncoderModel(t5),
-        tokenizer_3=_tokenizer(pad="<pad>", end="</s>"),
+        tokenizer_3=letters_tokenizer(),
     )
     return _saved(pipeline, folder)
 
@@ -101,7 +101,7 @@ def z_image(folder: Path, *, seed: int = 0) -> Path:
         num_key_value_heads=2,
         head_dim=12,
     )
-    tokenizer = _tokenizer(pad="<pad>", end="</s>")
+    tokenizer = letters_tokenizer()
     tokenizer.chat_template = TEMPLATE
     pipeline = ZImagePipeline(
         transformer=_stirred(transformer),
@@ -152,13 +152,13 @@ def _autoencoder() -> AutoencoderKL:
     )
 
 
-def _tokenizer(*, pad: str, end: str) -> PreTrainedTokenizerFast:
-    """Words to numbers by what they are made of: every letter a token."""
-    letters = [pad, end, "<unk>", *"abcdefghijklmnopqrstuvwxyz <>"]
+def letters_tokenizer(length: int = 64) -> PreTrainedTokenizerFast:
+    """Words to numbers by what they are made of: every letter a token. Cuts at ``length``."""
+    letters = ["<pad>", "</s>", "<unk>", *"abcdefghijklmnopqrstuvwxyz <>"]
     tokenizer = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate(letters)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=pad, eos_token=end, unk_token="<unk>", model_max_length=64
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=length
     )
 
 

@@ -268,6 +268,7 @@ class Roles:
         new = self.weights(source)
         pairs = [(p, new[name]) for name, p in self.weights(target).items()]
         torch._foreach_lerp_([p for p, _ in pairs], [q for _, q in pairs], 1 - decay)
+        torch.autograd.graph.increment_version([p for p, _ in pairs])  # on a GPU that kernel does not
 
     def state(self, role: Role) -> dict[str, Tensor]:
         """A copy of the role's own weights, on the CPU."""

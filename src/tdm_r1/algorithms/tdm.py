@@ -352,6 +352,7 @@ class Optimizer:
         finite = math.isfinite(norm)
         if finite:
             self.adamw.step()
+            torch.autograd.graph.increment_version(self.parameters)  # fused kernels do not; `Roles` goes by it
         self.adamw.zero_grad(set_to_none=True)
         self.skipped = 0 if finite else self.skipped + 1
         if self.skipped == MAX_SKIPPED:
