@@ -1,10 +1,10 @@
 """What an iteration costs at full size: SD3.5-M and Z-Image with random weights, 512 px, on one GPU.
 
-A pipeline of random weights is written to a temporary folder, text encoders and all (16 to 20 GB), and the recipe's own
-run trains on it, with the teacher beside the student where the recipe has another: loading, text encoders, every part of
-an iteration, saving. Seconds and peak memory of each, what `tdm_r1.estimate` expected, and the share of the GPU's peak
-arithmetic (model FLOP utilisation, and hardware's, which counts what checkpointing computes again). The reward is random
-numbers. With ``--tiny`` the same code runs on small networks and a CPU.
+A pipeline of random weights is written to a temporary folder, text encoders and all (16 to 20 GB), and the recipe's
+own run trains on it, with another transformer for the teacher where the recipe has one: loading, text encoders, every
+part of an iteration, saving. Seconds and peak memory of each, what `tdm_r1.estimate` expected, and the share of the
+GPU's peak arithmetic (model FLOP utilisation, and hardware's, which counts what checkpointing computes again). The
+reward is random numbers. With ``--tiny`` the same code runs on small networks and a CPU.
 
 Run: ``python benchmarks/gpu_iteration.py`` (writes docs/results/gpu_iteration.json and .md).
 """
@@ -113,6 +113,7 @@ def measure(name: str, config: RunConfig, folder: Path, iterations: int, *, tiny
     for _ in range(iterations):
         metrics = run.step()
     seconds = (time.perf_counter() - start) / iterations
+    counted = seconds - phases.seconds["text encoders"] / iterations  # the estimate leaves them out
     start = time.perf_counter()
     run.save()
     run.export(run.folder)
@@ -125,6 +126,7 @@ def measure(name: str, config: RunConfig, folder: Path, iterations: int, *, tiny
     held = sum(expected.held.values())
     return {
         "model": name,
+        "command": " ".join(["python benchmarks/gpu_iteration.py", *sys.argv[1:]]),
         "recipe": MODELS[name],
         "samples": config.batch.prompts * config.batch.group,
         "micro_batch": config.batch.micro_batch,
@@ -135,8 +137,8 @@ def measure(name: str, config: RunConfig, folder: Path, iterations: int, *, tiny
         "saving": round(saving, 2),
         "finite": all(np.isfinite(value) for value in metrics.values()),
         "petaflops": sum(expected.flops.values()) / 1e15,
-        "model_utilisation": sum(once.flops.values()) / seconds / GPU_FLOPS,
-        "hardware_utilisation": sum(expected.flops.values()) / seconds / GPU_FLOPS,
+        "model_utilisation": sum(once.flops.values()) / counted / GPU_FLOPS,
+        "hardware_utilisation": sum(expected.flops.values()) / counted / GPU_FLOPS,
         "expected_peak": expected.peak / 2**30,
         "parts": {
             part: {
@@ -176,16 +178,19 @@ def _device_name() -> str:
 
 def markdown(result: dict) -> str:
     lines = [
-        "# One iteration at full size" + (" (tiny transformers: a test of the script)" if result["tiny"] else ""),
+        "# One iteration at full size" + (" (tiny networks: a test of the script)" if result["tiny"] else ""),
         "",
-        f"Written by `python benchmarks/gpu_iteration.py` on {result['device']}, torch {result['torch']}. Random "
-        "weights and rewards.",
+        f"Written by `benchmarks/gpu_iteration.py` on {result['device']}, torch {result['torch']}. Weights and rewards "
+        "are random. Peaks are what PyTorch allocated; expected is `tdm_r1.estimate`'s arithmetic. Shares of the peak "
+        "leave the text encoders' time out.",
     ]
     for row in result["models"]:
         checkpointing = "with" if row["gradient_checkpointing"] else "without"
         lines += [
             "",
-            f"## {row['model']}",
+            f"## {row['model']}, {row['samples']} samples",
+            "",
+            f"`{row['command']}`",
             "",
             f"{row['samples']} samples of {row['resolution']} px, micro-batches of {row['micro_batch']}, "
             f"{checkpointing} gradient checkpointing (`{row['recipe']}`): {row['seconds']:.2f} s an iteration, "

@@ -13,7 +13,7 @@ from rich.progress import track
 
 from tdm_r1.architectures import architecture_of
 from tdm_r1.config import load_recipe
-from tdm_r1.estimate import GPU_FLOPS, UTILISATION, estimate
+from tdm_r1.estimate import GPU_FLOPS, estimate
 from tdm_r1.recipes import recipe_names
 
 
@@ -51,10 +51,11 @@ def markdown(rows: list[dict]) -> str:
         "",
         "Written by `python benchmarks/recipe_needs.py`: arithmetic, not measurement. Memory is what tensors take at",
         "the worst moment (an allocator wastes some more), checked against real passes of small models of the same",
-        f"classes (tests/test_estimate.py). Time takes {100 * UTILISATION:.0f} % of an H100's {GPU_FLOPS / 1e12:.0f} "
-        "TFLOP/s in bfloat16, which is",
-        "assumed, and leaves out rewards, text encoders at work and evaluations. The trainer drives one GPU so far:",
-        "the column for 8 says what sharing the samples would give, communication not counted.",
+        "classes (tests/test_estimate.py) and an iteration at full size on a GPU ([gpu_iteration](gpu_iteration.md)).",
+        f"Time takes the share of an H100's {GPU_FLOPS / 1e12:.0f} TFLOP/s in bfloat16 that was measured there, and "
+        "leaves out rewards,",
+        "text encoders at work and evaluations. The trainer drives one GPU so far: the column for 8 says what sharing",
+        "the samples would give, communication not counted.",
         "",
         "| recipe | samples | micro-batch | GiB on one GPU | PFLOP an iteration | s on 1 x 80 GB | s on 8 x 80 GB | "
         "iterations | hours on 1 |",

@@ -39,7 +39,7 @@ def test_clip_rewards_on_a_random_model(clip: str, tmp_path: Path):
 
     head = LinearHead(12)
     torch.save(head.state_dict(), tmp_path / "head.pth")
-    x = inner.embed_images(list(IMAGES)).numpy().astype(np.float64)
+    x = inner.embed_images(list(IMAGES)).cpu().numpy().astype(np.float64)
     for name in ("0", "2", "4", "6", "7"):  # the published checkpoint's numbering: linear, no activations
         weight, bias = (head.state_dict()[f"layers.{name}.{kind}"].double().numpy() for kind in ("weight", "bias"))
         x = x @ weight.T + bias

@@ -119,7 +119,7 @@ def test_bfloat16_backbones_carry_float32_roles(make: Make, tmp_path: Path):
 
 
 def test_offloaded_parts_come_for_their_work_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    run = tiny_run(sd3, tmp_path, offload=True)
+    run = tiny_run(sd3, tmp_path, offload=True, device="cpu")
     moves: list[tuple[str, str]] = []
     inner = torch.nn.Module.to
 
@@ -180,7 +180,7 @@ def test_sd3_without_t5_is_the_pipeline_without_it(tmp_path: Path):
 def test_published_loras_are_sampled_and_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """By `tdm-r1 sample` and `eval`, at the strength behind the @, with the solver and size that they were made for."""
     monkeypatch.chdir(tmp_path)
-    run = tiny_run(sd3, tmp_path, dtype="bfloat16")
+    run = tiny_run(sd3, tmp_path, dtype="bfloat16", device="cpu")
     with torch.no_grad():
         for p in run.roles.parameters(Role.GENERATOR_EMA):
             p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
@@ -208,7 +208,7 @@ def test_published_loras_are_sampled_and_compared(tmp_path: Path, monkeypatch: p
 
 def test_a_published_strength_is_what_diffusers_does_with_it(tmp_path: Path):
     """TDM-SD3's LoRA is meant for 0.125, and a foreign file has no metadata: alpha is then its rank."""
-    run = tiny_run(sd3, tmp_path)
+    run = tiny_run(sd3, tmp_path, device="cpu")
     with torch.no_grad():
         for p in run.roles.parameters(Role.GENERATOR_EMA):
             p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
@@ -219,7 +219,9 @@ def test_a_published_strength_is_what_diffusers_does_with_it(tmp_path: Path):
     with pytest.raises(ValueError, match=r"carries no adapter metadata.*model\.student_lora_scale"):
         tiny_run(sd3, tmp_path / "a", student_lora=str(foreign.parent))
     wide = {"rank": 8, "alpha": 8, "targets": LORA_TARGETS}  # the file holds what was carried too
-    start = tiny_run(sd3, tmp_path / "b", student_lora=str(foreign.parent), student_lora_scale=0.125, lora=wide)
+    start = tiny_run(
+        sd3, tmp_path / "b", student_lora=str(foreign.parent), student_lora_scale=0.125, lora=wide, device="cpu"
+    )
     pipeline = DiffusionPipeline.from_pretrained(start.config.model.path)
     pipeline.load_lora_weights(foreign.parent, adapter_name="tdm", weight_name=foreign.name)
     pipeline.set_adapters(["tdm"], [0.125])
@@ -231,7 +233,7 @@ def test_a_published_strength_is_what_diffusers_does_with_it(tmp_path: Path):
 
 @pytest.mark.parametrize("make", MODELS)
 def test_plain_diffusers_samples_the_trained_lora(make: Make, tmp_path: Path):
-    run = tiny_run(make, tmp_path)
+    run = tiny_run(make, tmp_path, device="cpu")
     with torch.no_grad():  # a LoRA whose effect shows
         for p in run.roles.parameters(Role.GENERATOR_EMA):
             p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
@@ -287,7 +289,7 @@ PLACES = ("q", "k", "v")  # from the top of the fused matrix
 def test_the_trained_lora_works_in_comfyuis_layout(make: Make, tmp_path: Path):
     """What ComfyUI does with a file in diffusers' names: B A is added at scale 1 to the rows of its own, fused, matrix
     that the name stands for."""
-    run = tiny_run(make, tmp_path)
+    run = tiny_run(make, tmp_path, device="cpu")
     with torch.no_grad():
         for p in run.roles.parameters(Role.GENERATOR_EMA):
             p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))

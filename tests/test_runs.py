@@ -103,7 +103,7 @@ def test_the_surrogate_keeps_to_its_points_and_noise_levels(tiny_config: Make):
     run.step()
     algorithm, noise = run.algorithm, torch.Generator().manual_seed(0)
     c = run.embed(["a red circle", "a cross"] * 100)
-    x_1 = torch.randn(len(c), *run.backbone.latent_shape, generator=noise)
+    x_1 = torch.randn(len(c), *run.backbone.latent_shape, generator=noise).to(c.embeds.device)
     rollout = algorithm.tdm.roll_out(c, x_1, noise)
     every = algorithm.tdm.draw(rollout, noise, time_range=(0.3, 0.8))
     final = algorithm.tdm.draw(rollout, noise, points="final", time_range=(0.3, 0.8))
@@ -114,8 +114,9 @@ def test_the_surrogate_keeps_to_its_points_and_noise_levels(tiny_config: Make):
     torch.testing.assert_close(final.x_s, rollout.trajectory.final)
     assert final.t.min() >= 0.3
     assert 0.75 < final.t.max() <= 0.8
-    part = algorithm.reward_part(x_1, torch.linspace(0, 1, len(c)), c).flatten(1).abs().sum(1)
-    inside = (torch.linspace(0, 1, len(c)) >= 0.3) & (torch.linspace(0, 1, len(c)) <= 0.8)
+    t = torch.linspace(0, 1, len(c), device=x_1.device)
+    part = algorithm.reward_part(x_1, t, c).flatten(1).abs().sum(1)
+    inside = (t >= 0.3) & (t <= 0.8)
     assert (part[inside] > 0).all()
     assert (part[~inside] == 0).all()
 
@@ -125,7 +126,8 @@ def test_each_fake_score_knows_its_points(tiny_config: Make):
     run.step()
     tdm, noise = run.algorithm.tdm, torch.Generator().manual_seed(0)
     c = run.embed(["a red circle", "a cross", "a cross", "a red circle"])
-    x_t, t = torch.randn(4, *run.backbone.latent_shape, generator=noise), torch.full((4,), 0.6)
+    x_t = torch.randn(4, *run.backbone.latent_shape, generator=noise).to(c.embeds.device)
+    t = torch.full((4,), 0.6, device=x_t.device)
     with torch.no_grad():
         together = tdm.fake_velocity(x_t, t, c, torch.tensor([3, 0, 2, 3]))
         with run.roles.use(Role.FAKE) as velocity:
@@ -135,22 +137,24 @@ def test_each_fake_score_knows_its_points(tiny_config: Make):
     assert (earlier - final).abs().min() > 0
     torch.testing.assert_close(together[[0, 3]], final[[0, 3]])
     torch.testing.assert_close(together[[1, 2]], earlier[[1, 2]])
-    rollout = tdm.roll_out(run.embed(["a cross"] * 200), torch.randn(200, *x_t.shape[1:], generator=noise), noise)
+    x_1 = torch.randn(200, *x_t.shape[1:], generator=noise).to(x_t.device)
+    rollout = tdm.roll_out(run.embed(["a cross"] * 200), x_1, noise)
     assert set(tdm.draw(rollout, noise, points="earlier").index.tolist()) == {0, 1, 2}
     assert set(tdm.draw(rollout, noise, points="final").index.tolist()) == {3}
 
 
 def test_resume_is_exact(tiny_config: Make):
-    straight = Run(tiny_config(name="straight", iterations=3))
+    cpu = {"device": "cpu"}  # a GPU's sums have no order
+    straight = Run(tiny_config(name="straight", iterations=3, model=cpu))
     straight.fit()
-    first = Run(tiny_config(name="broken", iterations=3))
+    first = Run(tiny_config(name="broken", iterations=3, model=cpu))
     first.open()
     first.step()
     first.save()
     first._log({"x": 1.0})
     first.iteration = 2
     first._log({"x": 2.0})  # written after the checkpoint, as a crash would leave it
-    second = Run(tiny_config(name="broken", iterations=3))
+    second = Run(tiny_config(name="broken", iterations=3, model=cpu))
     second.fit(resume=True)
     assert_equal(weights(straight), weights(second))
     rows = [json.loads(line) for line in (second.folder / "metrics.jsonl").read_text().splitlines()]
@@ -181,7 +185,7 @@ def test_interrupt_finishes_the_iteration_saves_and_says_how_to_resume(tiny_conf
 
 def test_run_folder_and_plain_diffusers_load_the_lora(tiny_config: Make):
     """The exported LoRA, loaded by diffusers at scale 1.0, samples the run's own pictures: on the bundled model."""
-    config = tiny_config(model={"path": "mini", "student_lora": "mini"})
+    config = tiny_config(model={"path": "mini", "student_lora": "mini", "device": "cpu"})
     run = Run(config)
     run.fit()
     for name in ("config.yaml", "versions.json", "metrics.jsonl", "curves.png", "grids/iteration_000002.png"):
@@ -444,15 +448,16 @@ def test_a_constant_reward_changes_no_surrogate(tiny_config: Make, tmp_path: Pat
     before = run.roles.state(Role.SURROGATE)
     metrics = run.step()
     assert metrics["reward/skipped_groups"] == 3
-    assert all(torch.equal(p, before[n]) for n, p in run.roles.weights(Role.SURROGATE).items())
+    assert all(torch.equal(p, before[n]) for n, p in run.roles.state(Role.SURROGATE).items())
 
 
 # ------------------------------------------------------------------------------------------ rewards that fail
 
 
 def test_worker_processes_change_nothing(tiny_config: Make):
-    here = Run(tiny_config())
-    there = Run(tiny_config(scoring={"workers": 1, "chunk": 5}))
+    cpu = {"device": "cpu"}  # a GPU's sums have no order
+    here = Run(tiny_config(model=cpu))
+    there = Run(tiny_config(scoring={"workers": 1, "chunk": 5}, model=cpu))
     for run in (here, there):
         run.step()
     there.scorer.close()

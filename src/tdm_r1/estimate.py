@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from .architectures import architecture_of, random_pipeline, text_encoder_parameters
+from .architectures import architecture_of, architectures, random_pipeline, text_encoder_parameters
 from .backbones import BACKBONES, Conditioning, PipelineBackbone, guided
 from .config import RunConfig
 from .roles import TRAINED, Role, Roles
@@ -28,7 +28,6 @@ from .trainer import cast_roles, distillation, own_roles
 CLIP_TOKENS = 77  # SD3's pipeline pads to them; T5's are model.max_sequence_length
 PROMPT_TOKENS = 64  # of a prompt, where the model does not pad to a fixed length
 GPU_FLOPS = 989e12  # an H100's or H200's dense bfloat16 peak, by its data sheet
-UTILISATION = 0.35  # of that peak; assumed
 ADAM_BYTES = {False: 8, True: 2}  # two averages a trained parameter, in float32 or in 8 bits
 GRADIENT_BYTES = 4
 
@@ -36,11 +35,12 @@ GRADIENT_BYTES = 4
 @dataclass(frozen=True)
 class Estimate:
     """``held``: bytes that stay; ``working``: bytes at the worst moment of each part, one part at a time; ``flops``:
-    of each part of an iteration. By name."""
+    of each part of an iteration. By name. ``utilisation``: the share of the GPU's peak that they reach."""
 
     held: dict[str, float]
     working: dict[str, float]
     flops: dict[str, float]
+    utilisation: float
 
     @property
     def peak(self) -> float:
@@ -49,7 +49,7 @@ class Estimate:
 
     def seconds(self, gpus: int = 1) -> float:
         """An iteration on GPUs that share its samples evenly, without rewards and communication."""
-        return sum(self.flops.values()) / (gpus * GPU_FLOPS * UTILISATION)
+        return sum(self.flops.values()) / (gpus * GPU_FLOPS * self.utilisation)
 
 
 def network_evaluations(config: RunConfig) -> dict[str, tuple[int, int]]:
@@ -104,7 +104,7 @@ def estimate(config: RunConfig, **sizes: Any) -> Estimate | None:
     held = _held(config, backbone, teacher, roles) | {"prompts and trajectories": works.kept_bytes()}
     encoders = text_encoder_parameters(name, t5=config.model.t5) * dtype.itemsize
     (working if config.model.offload else held)["text encoders"] = encoders
-    return Estimate(held, working, flops)
+    return Estimate(held, working, flops, architectures()[name]["utilisation"])
 
 
 def needs(config: RunConfig) -> str:
@@ -132,7 +132,7 @@ def describe(found: Estimate) -> str:
     shares = ", ".join(f"{part} {100 * f / 1e15 / petaflops:.0f} %" for part, f in found.flops.items())
     lines += [
         f"one iteration: {petaflops:.1f} PFLOP ({shares});",
-        f"  at {100 * UTILISATION:.0f} % of an H100's peak (assumed) {found.seconds():.0f} s on 1 GPU, "
+        f"  at {100 * found.utilisation:.0f} % of an H100's peak {found.seconds():.0f} s on 1 GPU, "
         f"{found.seconds(8):.0f} s on 8 that share its samples (the trainer drives one so far);",
         "  rewards, text encoders and evaluations not counted",
     ]
