@@ -293,6 +293,32 @@ def test_eval_goes_on_and_shares_its_work(tiny_config: Make, tmp_path: Path, cap
     assert "--shard = '3/2': write NUMBER/OF" in capsys.readouterr().err
 
 
+def test_eval_measures_metrics_on_prompts_of_their_own(tiny_config: Make, tmp_path: Path, capsys):
+    """As the paper's table: the task's reward on its prompts, quality on DrawBench's, models down."""
+    (tmp_path / "recipe.yaml").write_text(dump(tiny_config(reward="jpeg_compressibility")))
+    (tmp_path / "drawbench.csv").write_text("Prompts,Category\na red circle,Colors\ntwo crosses,Counting\na cross,x\n")
+    arguments = ["eval", str(tmp_path / "recipe.yaml"), "--lora", "none", "--base-steps", "2", "--guidance", "1"]
+    arguments += ["--out", str(tmp_path / "eval"), "--metrics-prompts", str(tmp_path / "drawbench.csv")]
+    assert cli.main(arguments) == 2
+    assert "say with --metrics what is measured on them" in capsys.readouterr().err
+    metrics = ["--metrics", "jpeg_compressibility", "jpeg_incompressibility"]
+    assert cli.main([*arguments, *metrics, "--shard", "1/2"]) == 0
+    assert "14 pictures of other shares are missing" in capsys.readouterr().out  # 6 of 12, 1 of 3, of each model
+    assert cli.main([*arguments, *metrics, "--shard", "2/2"]) == 0
+    result = json.loads((tmp_path / "eval" / "results.json").read_text())
+    apart = json.loads((tmp_path / "eval" / "metrics" / "results.json").read_text())
+    assert (result["prompts"], apart["prompts"], apart["images_per_prompt"]) == (6, 3, 1)
+    for model, other in zip(result["models"], apart["models"], strict=True):
+        scores, own = model["scores"], other["scores"]
+        assert set(scores) == {"jpeg_compressibility", "held_out", *(f"{m} (drawbench)" for m in metrics[1:])}
+        assert scores["jpeg_incompressibility (drawbench)"] == own["jpeg_incompressibility"]
+        assert own["jpeg_incompressibility"]["mean"] == pytest.approx(-own["jpeg_compressibility"]["mean"])
+        assert own["jpeg_compressibility"]["mean"] != scores["jpeg_compressibility"]["mean"]
+    text = (tmp_path / "eval" / "table.md").read_text()
+    assert f"(drawbench): 3 prompts of {tmp_path / 'drawbench.csv'}, 1 each." in text
+    assert "| jpeg_incompressibility (drawbench) |" in text
+
+
 def test_a_distillation_has_the_runs_model_sampler_and_micro_batch():
     changes = {"model.lora.rank": 16, "sampler.steps": 2, "batch.micro_batch": 4, "model.offload": False}
     changes |= {"model.gradient_checkpointing": False, "model.vae_tiling": True}

@@ -71,6 +71,9 @@ class Eval:
     """Guidance scales of the base."""
     metrics: tuple[str, ...] = ()
     """Rewards beside the recipe's own, such as aesthetic imagereward (`tdm-r1 rewards`)."""
+    metrics_prompts: Path | None = None
+    """Prompts that --metrics are measured on in place of the recipe's, one picture each: the paper's table has those
+    of DrawBench. A file, or OWNER/NAME/FILE of a hub's dataset."""
     prompts: int | None = None
     """Instead of the recipe's number."""
     images_per_prompt: int | None = None

@@ -33,6 +33,7 @@ from .randomness import torch_rng
 from .rewards import Scorer
 from .rewards.scores import joined
 from .roles import Role, lora_roles
+from .tasks import read_prompts
 from .trainer import adapter_settings, load_backbones, load_task
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ class Comparison:
     Args:
         config: a run's; its task, reward, sampler and evaluation are used.
         models: rows of the table. Raises UserError if two of them would share a folder.
-        metrics: rewards beside the run's own, by name.
+        rewards: what pictures are scored with, by name, beside the task's held-out metrics.
         folder: where pictures, scores and the table go; what is there already is kept. Raises UserError if it holds
             the pictures of another evaluation.
         shard: (this one, of how many).
@@ -80,14 +81,14 @@ class Comparison:
         self,
         config: RunConfig,
         models: Sequence[Model],
-        metrics: Sequence[str],
+        rewards: Sequence[str],
         folder: Path,
         *,
         shard: tuple[int, int] = (0, 1),
         console: Console | None = None,
     ) -> None:
         self.config, self.models, self.folder, self.shard = config, list(models), folder, shard
-        self.metrics = list(dict.fromkeys([config.reward, *metrics]))
+        self.rewards = list(dict.fromkeys(rewards))
         self.console = console or Console()
         folders = [m.folder for m in models]
         if twice := {f for f in folders if folders.count(f) > 1}:
@@ -163,7 +164,7 @@ class Comparison:
 
     def score(self) -> dict[str, dict[str, dict[str, float]]]:
         """model -> metric -> its numbers; what was scored before is read back. Every picture has to be there."""
-        return {m.name: {metric: self._score(m, metric) for metric in (*self.metrics, HELD_OUT)} for m in self.models}
+        return {m.name: {metric: self._score(m, metric) for metric in (*self.rewards, HELD_OUT)} for m in self.models}
 
     def _score(self, model: Model, metric: str) -> dict[str, float]:
         name = re.sub(r"[^A-Za-z0-9.]+", "_", metric)
@@ -208,23 +209,26 @@ class Comparison:
 
     @cached_property
     def _scorers(self) -> dict[str, Scorer]:
-        return {metric: Scorer(metric, self.config.scoring) for metric in self.metrics}
+        return {metric: Scorer(metric, self.config.scoring) for metric in self.rewards}
 
     # -------------------------------------------------------------------------------------- telling
 
-    def write(self) -> Path:
-        """Scores everything and writes results.json, table.md and grid.png; returns the table's path."""
+    def result(self) -> dict:
+        """Scores everything; JSON-ready."""
         try:
             scores = self.score()
         finally:
             for scorer in self.__dict__.get("_scorers", {}).values():
                 scorer.close()
         rows = [{"model": m.name, "network_evaluations": m.sampling.network_evaluations} for m in self.models]
-        result = {
+        return {
             "prompts": len(self.prompts) // self.config.evaluation.images_per_prompt,
             "images_per_prompt": self.config.evaluation.images_per_prompt,
             "models": [row | {"scores": scores[str(row["model"])]} for row in rows],
         }
+
+    def write(self, result: dict) -> Path:
+        """Writes results.json, table.md and grid.png; returns the table's path."""
         write_text(self.folder / "results.json", json.dumps(result, indent=1))
         write_text(self.folder / "table.md", markdown(result))
         pictures.save_png(self._grid(), self.folder / "grid.png")
@@ -253,12 +257,25 @@ def columns_of(result: dict) -> dict[tuple[str, str], str]:
     }
 
 
+def with_other_prompts(result: dict, other: dict, path: str) -> dict:
+    """The result with the metrics of the same models on other prompts, those of ``path``, each by the name of both."""
+    name = Path(path).stem
+    models = [
+        m | {"scores": m["scores"] | {f"{k} ({name})": v for k, v in o["scores"].items() if k != HELD_OUT}}
+        for m, o in zip(result["models"], other["models"], strict=True)
+    ]
+    asked = {"name": name, "path": path, "prompts": other["prompts"], "images_per_prompt": other["images_per_prompt"]}
+    return result | {"models": models, "other_prompts": asked}
+
+
 def markdown(result: dict) -> str:
     """Models down, metrics across, as in the paper's tables."""
+    o = result.get("other_prompts")
+    elsewhere = f" ({o['name']}): {o['prompts']} prompts of {o['path']}, {o['images_per_prompt']} each." if o else ""
     columns = columns_of(result)
     lines = [
-        f"{result['prompts']} prompts, {result['images_per_prompt']} pictures each, the same noise for every model. "
-        "Missing scores are left out and counted in results.json.",
+        f"{result['prompts']} prompts, {result['images_per_prompt']} pictures each, the same noise for every model."
+        f"{elsewhere} Missing scores are left out and counted in results.json.",
         "",
         "| model | NFE | " + " | ".join(columns.values()) + " |",
         "|---|---|" + "---|" * len(columns),
@@ -278,17 +295,44 @@ def eval_command(command: Eval) -> None:
     models = models_of(config, command.lora, command.base_steps, command.guidance)
     if not models:
         raise UserError("nothing to evaluate: give --lora, or --base-steps above 0")
-    out = command.out or Path("evaluations") / config.name
-    comparison = Comparison(config, models, command.metrics, out, shard=parse_shard(command.shard), console=console)
-    comparison.sample()
-    if waiting := sum(len(comparison.missing(m)) for m in models):
+    comparisons = _comparisons(command, config, models, console)
+    for comparison in comparisons:
+        comparison.sample()
+    if waiting := sum(len(c.missing(m)) for c in comparisons for m in models):
         console.print(
             f"This share is done. {waiting} pictures of other shares are missing; the last one writes the table."
         )
         return
-    path = comparison.write()
-    console.print(_shown(json.loads((out / "results.json").read_text())))
-    console.print(f"Wrote {path}, results.json and grid.png beside it")
+    result, *others = [c.result() for c in comparisons]
+    for comparison, other in zip(comparisons[1:], others, strict=True):
+        comparison.write(other)
+        result = with_other_prompts(result, other, str(comparison.config.task.prompts))
+    table = comparisons[0].write(result)
+    console.print(_shown(result))
+    console.print(f"Wrote {table}, results.json and grid.png beside it")
+
+
+def _comparisons(command: Eval, config: RunConfig, models: list[Model], console: Console) -> list[Comparison]:
+    """The recipe's prompts, and those that the metrics have to themselves."""
+    out, path = command.out or Path("evaluations") / config.name, command.metrics_prompts
+    shard = parse_shard(command.shard)
+    if not path:
+        rewards = [config.reward, *command.metrics]
+        return [Comparison(config, models, rewards, out, shard=shard, console=console)]
+    if not command.metrics:
+        raise UserError(f"--metrics-prompts = {str(path)!r}: say with --metrics what is measured on them")
+    other = _on_prompts(config, path)
+    return [
+        Comparison(config, models, [config.reward], out, shard=shard, console=console),
+        Comparison(other, models, command.metrics, out / "metrics", shard=shard, console=console),
+    ]
+
+
+def _on_prompts(config: RunConfig, path: Path) -> RunConfig:
+    """The run's settings for an evaluation on every prompt of ``path``, one picture each."""
+    n = len(read_prompts(path, "--metrics-prompts"))
+    task = {"task.name": "prompts", "task.prompts": path, "task.eval_prompts": None}
+    return config.override(task | {"evaluation.prompts": n, "evaluation.images_per_prompt": 1})
 
 
 def parse_shard(text: str) -> tuple[int, int]:
