@@ -55,7 +55,7 @@ def struck(images: np.ndarray, metadata: list[dict[str, Any]]) -> bool:
 
 def raises(images, prompts, metadata):
     if struck(images, metadata):
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        raise RuntimeError("this picture cannot be scored")
     return healthy(images, prompts, metadata)
 
 

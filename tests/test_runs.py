@@ -20,6 +20,7 @@ from tdm_r1 import cli
 from tdm_r1.algorithms.tdm import few_step_sample
 from tdm_r1.config import RunConfig, dump, load_recipe
 from tdm_r1.errors import UserError
+from tdm_r1.evaluation import Evaluator
 from tdm_r1.lora_files import lora_settings
 from tdm_r1.mini.build import MiniConfig, build
 from tdm_r1.mini.bundle import bundle_path
@@ -96,6 +97,23 @@ def test_micro_batches_change_nothing(tiny_config: Make, loss: str):
         a = run.step()
         assert a["surrogate/grad_norm"] > 0
     assert_equal(weights(whole), weights(parts), atol=2e-6)
+
+
+def test_no_more_than_a_micro_batch_goes_through_the_network(tiny_config: Make):
+    """Without gradients as well, twice as many where the teacher is guided: memory is bounded by it."""
+    run = Run(tiny_config(batch={"micro_batch": 5}))
+    sizes: dict[bool, set[int]] = {True: set(), False: set()}
+
+    def note(module, args, kwargs):
+        sizes[torch.is_grad_enabled()].add(len(kwargs["hidden_states"]))
+
+    hosts = {id(t): t for t in (run.roles.transformer(role) for role in Role if role in run.roles)}
+    for transformer in hosts.values():
+        transformer.register_forward_pre_hook(note, with_kwargs=True)
+    run.step()
+    assert max(sizes[True]) == 5
+    assert max(sizes[False]) == 10
+    assert 12 not in sizes[False]
 
 
 def test_the_surrogate_keeps_to_its_points_and_noise_levels(tiny_config: Make):
@@ -520,6 +538,27 @@ def test_a_reward_that_breaks_down_stops_the_run_with_everything_saved(tiny_conf
     rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     missing = {r["iteration"]: r["reward/missing"] for r in rows if "reward/missing" in r}
     assert missing == {1: 0, 2: 0, 3: 12, 4: 12, 5: 0, 6: 0, 7: 0, 8: 0}
+
+
+def test_an_evaluation_that_breaks_loses_no_iteration(tiny_config: Make, monkeypatch: pytest.MonkeyPatch):
+    """The weights are saved before it, and the run that goes on makes up for it."""
+    config = tiny_config(iterations=3, save_every=100)
+    run = Run(config)
+
+    def breaks(*args, **kwargs):
+        raise RuntimeError("CUDA out of memory")
+
+    first = run.evaluator()(run.few_step())
+    monkeypatch.setattr(Evaluator, "__call__", breaks)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run.fit(first=first)
+    monkeypatch.undo()
+    again = Run(config)
+    assert again.fit(resume=True) is not None
+    rows = [json.loads(line) for line in (again.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [r["iteration"] for r in rows if "reward/mean" in r] == [1, 2, 3]
+    assert [r["iteration"] for r in rows if "eval/reward" in r] == [0, 3]
+    assert Run(config).fit(resume=True) is None  # nothing is left to do
 
 
 def test_a_reward_that_never_works_stops_before_training(tiny_config: Make):

@@ -10,8 +10,8 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -163,26 +163,44 @@ class Comparison:
     # -------------------------------------------------------------------------------------- scores
 
     def score(self) -> dict[str, dict[str, dict[str, float]]]:
-        """model -> metric -> its numbers; what was scored before is read back. Every picture has to be there."""
-        return {m.name: {metric: self._score(m, metric) for metric in (*self.rewards, HELD_OUT)} for m in self.models}
+        """model -> metric -> its numbers; what was scored before is read back. Every picture has to be there.
 
-    def _score(self, model: Model, metric: str) -> dict[str, float]:
+        One reward after the other: each may fill a GPU.
+        """
+        columns = {metric: self._column(metric) for metric in (*self.rewards, HELD_OUT)}
+        return {m.name: {metric: column[m.name] for metric, column in columns.items()} for m in self.models}
+
+    def _column(self, metric: str) -> dict[str, dict[str, float]]:
+        """model -> its numbers of one metric. Those with missing scores are not filed: the next evaluation asks for
+        them again."""
         name = re.sub(r"[^A-Za-z0-9.]+", "_", metric)
-        file = self.folder / "scores" / model.folder / f"{name}.json"
-        if not file.exists():
-            found = self._held_out(model) if metric == HELD_OUT else self._reward(model, metric)
-            if found.get("missing"):
-                return found  # not filed: the next evaluation asks for them again
-            write_text(file, json.dumps(found, indent=1))
-        return json.loads(file.read_text())
+        files = {m.name: self.folder / "scores" / m.folder / f"{name}.json" for m in self.models}
+        found = {model: json.loads(file.read_text()) for model, file in files.items() if file.exists()}
+        with self._measure(metric, [m for m in self.models if m.name not in found]) as measured:
+            for model, numbers in measured:
+                found[model] = numbers
+                if not numbers.get("missing"):
+                    write_text(files[model], json.dumps(numbers, indent=1))
+        return found
+
+    @contextmanager
+    def _measure(self, metric: str, models: list[Model]) -> Iterator[Iterator[tuple[str, dict[str, float]]]]:
+        """(model, its numbers) of ``models``; the reward is loaded for them, and let go."""
+        if metric == HELD_OUT or not models:
+            yield ((m.name, self._held_out(m)) for m in models)
+            return
+        scorer = Scorer(metric, self.config.scoring)
+        try:
+            yield ((m.name, self._reward(m, metric, scorer)) for m in models)
+        finally:
+            scorer.close()
 
     def _held_out(self, model: Model) -> dict[str, float]:
         found = self.task.metrics(self.images(model), self.prompts, self.config.evaluation.images_per_prompt)
         return {name: value for name, value in found.items() if not np.isnan(value)}
 
-    def _reward(self, model: Model, metric: str) -> dict[str, float]:
+    def _reward(self, model: Model, metric: str, scorer: Scorer) -> dict[str, float]:
         """Mean, missing scores, and the mean of each family of prompts (GenEval's tags) with their mean."""
-        scorer = self._scorers[metric]
         starts = range(0, len(self.prompts), self.config.batch.micro_batch)
         chunks = []
         for start in track(starts, f"{metric} of {model.name}", console=self.console, transient=True):
@@ -207,19 +225,11 @@ class Comparison:
             found["overall"] = float(np.mean(list(by_tag.values())))
         return {name: value for name, value in found.items() if not np.isnan(value)}
 
-    @cached_property
-    def _scorers(self) -> dict[str, Scorer]:
-        return {metric: Scorer(metric, self.config.scoring) for metric in self.rewards}
-
     # -------------------------------------------------------------------------------------- telling
 
     def result(self) -> dict:
         """Scores everything; JSON-ready."""
-        try:
-            scores = self.score()
-        finally:
-            for scorer in self.__dict__.get("_scorers", {}).values():
-                scorer.close()
+        scores = self.score()
         rows = [{"model": m.name, "network_evaluations": m.sampling.network_evaluations} for m in self.models]
         return {
             "prompts": len(self.prompts) // self.config.evaluation.images_per_prompt,

@@ -55,9 +55,10 @@ class Embedder:
         """Each distinct prompt's embedding, on the CPU; those that are not known are computed in one go."""
         wanted = dict.fromkeys(prompts)
         absent = [p for p in wanted if p not in self.cache]
-        new = [c.to("cpu") for c in self.backbone.encode(absent)] if absent else []
+        new = self.backbone.encode(absent) if absent else []
         found = {p: self.cache.pop(p) for p in wanted if p in self.cache} | dict(zip(absent, new, strict=True))
         self.cache |= found
+        self.kept = max(self.kept, len(found))
         for old in list(self.cache)[: -self.kept]:
             del self.cache[old]
         return found

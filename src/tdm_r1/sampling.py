@@ -69,6 +69,7 @@ class FewStepModel:
             dtype=getattr(torch, dtype),
             device=place,
             resolution=resolution,
+            decode_batch=4,
             offload=offload,
         )
         self.roles: Roles = lora_roles(self.backbone, settings, (Role.GENERATOR,))
@@ -79,6 +80,7 @@ class FewStepModel:
 
     def __call__(self, prompts: Sequence[str], *, seed: int = 0) -> np.ndarray:
         """Pictures, uint8 [B, H, W, 3], one a prompt; the same seed and prompts give the same pictures."""
+        self.embed.learn(["", *prompts])  # in one go: offloaded text encoders come once
         x_1 = torch.randn((len(prompts), *self.backbone.latent_shape), generator=torch.Generator().manual_seed(seed))
         return generate(self.backbone, self.roles, self.sampling, self.embed, prompts, x_1, batch=16)
 

@@ -109,8 +109,6 @@ def load_backbones(config: RunConfig) -> tuple[PipelineBackbone, PipelineBackbon
 def cast_roles(config: RunConfig, student: PipelineBackbone, teacher: PipelineBackbone | None) -> Roles:
     """The roles of a run on its backbones; ``teacher`` where it is not the student's."""
     torch.manual_seed(config.seed)  # peft initialises adapters from the global generator
-    if config.model.dtype != "float32" and next(student.transformer.parameters()).is_cuda:
-        torch.set_float32_matmul_precision("high")  # the float32 adapters on it, in TensorFloat32
     own = own_roles(config)
     if config.model.roles == "full":
         return full_roles(student, own, teacher=teacher)
@@ -241,8 +239,7 @@ class Run:
         self.open(resume=resume)
         evaluator = self.evaluator()
         with self._nothing_lost():
-            last = None if self.iteration else self._report(first or evaluator(self.few_step()))
-            last = self._train(evaluator) or last
+            last = self._train(evaluator, self._report(first or evaluator(self.few_step())) if self._due() else None)
         self.save()
         if self.iteration < self.config.iterations:
             self.console.print(
@@ -251,9 +248,15 @@ class Run:
         self.export(self.folder)
         return last
 
-    def _train(self, evaluator: Evaluator) -> Evaluation | None:
-        """The loop; returns its last evaluation."""
-        last, every = None, self.config.evaluation.every
+    def _due(self) -> bool:
+        """Whether the model as it is wants an evaluation that the log does not hold yet: at the start, every so often,
+        at the end."""
+        every, i = self.config.evaluation.every, self.iteration
+        wanted = i in (0, self.config.iterations) or (every and i % every == 0)
+        return bool(wanted) and not any("eval/reward_missing" in r and r["iteration"] == i for r in self._history())
+
+    def _train(self, evaluator: Evaluator, last: Evaluation | None) -> Evaluation | None:
+        """The loop; returns the last evaluation, ``last`` if it makes none."""
         with self._progress() as (progress, bar), _interrupts() as interrupted:
             while self.iteration < self.config.iterations and not interrupted():
                 start = time.perf_counter()
@@ -263,11 +266,12 @@ class Run:
                 shown = {k: metrics[k] for k in ("reward/mean", "fake/loss") if k in metrics}
                 text = "  ".join(f"{k} {v:.3f}" for k, v in shown.items())
                 progress.update(bar, completed=self.iteration, shown=text)
-                done = self.iteration == self.config.iterations
-                if done or (every and self.iteration % every == 0):
+                due = self._due()
+                if due or self.iteration % self.config.save_every == 0:
+                    self.save()  # before an evaluation, which may break
+                if due:
+                    last = None  # its pictures take gigabytes where the model is large
                     last = self._report(evaluator(self.few_step()))
-                if done or self.iteration % self.config.save_every == 0:
-                    self.save()
         return last
 
     @contextmanager

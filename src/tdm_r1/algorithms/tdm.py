@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from .. import flow, losses, solvers
-from ..backbones import Conditioning, guided
+from ..backbones import Conditioning, guided, in_parts
 from ..errors import UserError
 from ..roles import Role, Roles
 
@@ -160,7 +160,8 @@ class TDM:
         self, conditioning: Conditioning, x_1: Tensor, noise: torch.Generator, role: Role = Role.GENERATOR
     ) -> Rollout:
         """Samples from noise ``x_1`` [B, C, H, W], keeping every x_{t_k}."""
-        return Rollout(few_step_sample(self.roles, role, conditioning, x_1, self.sampler, noise), conditioning)
+        trajectory = few_step_sample(self.roles, role, conditioning, x_1, self.sampler, noise, batch=self.micro_batch)
+        return Rollout(trajectory, conditioning)
 
     def fit_fake(self, rollout: Rollout, noise: torch.Generator) -> dict[str, float]:
         """Eq. 1: the fake score learns to denoise the generator's own samples, at all K steps.
@@ -178,7 +179,7 @@ class TDM:
         draw = self.draw(rollout, noise, points=points, noise_range=self.config.noise_range)
         total = 0.0
         with self.roles.use(fake) as velocity:
-            for rows in self.micro_batches(len(rollout)):
+            for rows in self.micro_batches(rollout):
                 v = velocity(draw.x_t[rows], draw.t[rows], rollout.conditioning.rows(rows))
                 loss = losses.denoising(v, draw.x_t[rows], draw.eps[rows], draw.s[rows], draw.t[rows])
                 (loss.sum() / len(rollout)).backward()
@@ -194,7 +195,7 @@ class TDM:
         t = self._times(trajectory, index, noise, noise_range=self.config.noise_range)
         eps, eps_step = (torch.randn(trajectory.final.shape, generator=noise).to(t.device) for _ in range(2))
         kl_size, reward_size, alignment, scale = 0.0, 0.0, 0.0, 0.0
-        for rows in self.micro_batches(n):
+        for rows in self.micro_batches(rollout):
             part = rollout.rows(rows)
             i, c, here = index[rows], part.conditioning, part.trajectory
             last = (i - 1).clamp_min(0)
@@ -300,9 +301,9 @@ class TDM:
         high = torch.where(low < time_range[1], high.clamp_max(time_range[1]), high).clamp_max(TIME_MAX)
         return flow.uniform(len(index), low + 0.02 * (high - low), high, generator=noise)
 
-    def micro_batches(self, n: int) -> Iterator[Tensor]:
-        """Row indices of at most ``micro_batch`` samples at a time."""
-        yield from torch.arange(n).split(self.micro_batch)
+    def micro_batches(self, rollout: Rollout) -> Iterator[Tensor]:
+        """Row indices of at most ``micro_batch`` samples at a time, where the samples are: a GPU waits for no copy."""
+        yield from torch.arange(len(rollout), device=rollout.trajectory.final.device).split(self.micro_batch)
 
     def state(self) -> dict:
         return {str(role): optimizer.state() for role, optimizer in self.optimizers.items()}
@@ -318,12 +319,20 @@ def fake_roles(config: TDMConfig) -> tuple[Role, ...]:
 
 
 def few_step_sample(
-    roles: Roles, role: Role, c: Conditioning, x_1: Tensor, sampler: SamplerConfig, noise: torch.Generator | None
+    roles: Roles,
+    role: Role,
+    c: Conditioning,
+    x_1: Tensor,
+    sampler: SamplerConfig,
+    noise: torch.Generator | None,
+    *,
+    batch: int | None = None,
 ) -> solvers.Trajectory:
-    """The few-step trajectory of ``role``, without gradients where the caller says so."""
+    """The few-step trajectory of ``role``, without gradients where the caller says so, ``batch`` samples at a time."""
     grid = flow.few_step_grid(sampler.steps, sampler.shift)
     with roles.use(role) as velocity:
-        return solvers.sample(lambda x, t: velocity(x, t, c), x_1, grid, solver=sampler.solver, noise=noise)
+        v = in_parts(velocity, batch or len(x_1))
+        return solvers.sample(lambda x, t: v(x, t, c), x_1, grid, solver=sampler.solver, noise=noise)
 
 
 class Optimizer:

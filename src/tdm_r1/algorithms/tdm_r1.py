@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .. import flow, losses
 from ..advantages import group_advantages
-from ..backbones import Conditioning
+from ..backbones import Conditioning, in_parts
 from ..roles import Role, Roles
 from .tdm import TDM, Draw, Optimizer, OptimizerConfig, RewardPart, Rollout, SamplerConfig, TDMConfig
 
@@ -321,22 +321,29 @@ class TDMR1:
     def measure_surrogate(self, rollout: Rollout, advantage: Tensor, noise: torch.Generator) -> dict[str, float]:
         """On groups that phi has not seen yet: how often its implicit reward orders a better and a worse sample
         rightly (.5 is chance). On a probe that stays the same: how far successive reward directions agree."""
-        rows = slice(0, self.config.measured_groups * self.group_size)
+        rows = torch.arange(len(rollout), device=advantage.device)[: self.config.measured_groups * self.group_size]
         advantage = advantage[rows]
         if not bool(advantage.any()):
             return {}
         draw = self._draw(rollout, noise, self.group_size)
-        x_t, eps, s, t = draw.x_t[rows], draw.eps[rows], draw.s[rows], draw.t[rows]
-        c = rollout.conditioning.rows(torch.arange(len(rollout))[rows])
-        v_ref = self._reference_velocity(x_t, t, c)
-        v_base = self._baseline_velocity(x_t, t, c, draw.index[rows], v_ref)
-        with self.roles.use(Role.SURROGATE_EMA) as velocity:
-            v_phi = v_base + velocity(x_t, t, c) - v_ref  # phi's change, on top of what its targets start from
-        implicit = losses.denoising(v_base, x_t, eps, s, t) - losses.denoising(v_phi, x_t, eps, s, t)
+        batch = self.tdm.micro_batch
+        implicit = torch.cat([self._implicit_reward(rollout, draw, part) for part in rows.split(batch)])
+        direction_of = in_parts(self.reward_part, batch)
+        points = draw.x_t[rows], draw.t[rows], rollout.conditioning.rows(rows)
         return {
             "surrogate/preference_accuracy": preference_accuracy(implicit, advantage, self.group_size),
-            "surrogate/direction_cosine": self.probe.cosine(x_t, t, c, self.reward_part),
+            "surrogate/direction_cosine": self.probe.cosine(*points, direction_of),
         }
+
+    def _implicit_reward(self, rollout: Rollout, draw: Draw, part: Tensor) -> Tensor:
+        """By how much phi's change, on top of what its targets start from, explains the samples in ``part`` better."""
+        x_t, eps, s, t = draw.x_t[part], draw.eps[part], draw.s[part], draw.t[part]
+        c = rollout.conditioning.rows(part)
+        v_ref = self._reference_velocity(x_t, t, c)
+        v_base = self._baseline_velocity(x_t, t, c, draw.index[part], v_ref)
+        with self.roles.use(Role.SURROGATE_EMA) as velocity:
+            v_phi = v_base + velocity(x_t, t, c) - v_ref
+        return losses.denoising(v_base, x_t, eps, s, t) - losses.denoising(v_phi, x_t, eps, s, t)
 
     def state(self) -> dict:
         return {"tdm": self.tdm.state(), "surrogate": self.surrogate.state(), "scale": self.balance.scale}

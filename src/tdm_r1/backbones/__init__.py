@@ -1,7 +1,7 @@
 """Backbones: text-to-image flow models behind one protocol, ``velocity(x_t, t, conditioning)``."""
 
 from .pipelines import BACKBONES, PipelineBackbone, SD3Backbone, ZImageBackbone, load_backbone
-from .protocol import Backbone, Conditioning, Velocity, guided
+from .protocol import Backbone, Conditioning, Velocity, guided, in_parts
 
 __all__ = [
     "BACKBONES",
@@ -12,5 +12,6 @@ __all__ = [
     "Velocity",
     "ZImageBackbone",
     "guided",
+    "in_parts",
     "load_backbone",
 ]

@@ -62,10 +62,10 @@ class PipelineBackbone(ABC):
 
     @torch.no_grad()  # text encoders are frozen in every role
     def encode(self, prompts: Sequence[str]) -> list[Conditioning]:
-        """Embeds each prompt by itself, exactly as the pipeline does, without the unconditional half. By itself, since
-        in a batch the last bits would depend on the company."""
+        """Embeds each prompt by itself, exactly as the pipeline does, without the unconditional half, and puts it into
+        main memory. By itself, since in a batch the last bits would depend on the company."""
         with self._at_work(*self._text_encoders()):
-            return [self._encode(prompt) for prompt in prompts]
+            return [self._encode(prompt).to("cpu") for prompt in prompts]
 
     @abstractmethod
     def _encode(self, prompt: str) -> Conditioning:
@@ -87,7 +87,7 @@ class PipelineBackbone(ABC):
                 )
                 image = vae.decode(z, return_dict=False)[0]
                 image = (image.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
-                chunks.append((image.cpu().numpy() * 255).round().astype(np.uint8))  # as VaeImageProcessor does
+                chunks.append((image * 255).round().to(torch.uint8).cpu().numpy())  # as VaeImageProcessor does
         return np.concatenate(chunks)
 
     @contextmanager
@@ -97,9 +97,9 @@ class PipelineBackbone(ABC):
             yield
             return
         at_home = [(p, p.data) for module in modules for p in module.parameters()]
-        for module in modules:
-            module.to(self.offload_from)
         try:
+            for module in modules:
+                module.to(self.offload_from)
             yield
         finally:
             for p, data in at_home:  # frozen, so that nothing has to be copied back
@@ -240,6 +240,8 @@ def load_backbone(
     if gradient_checkpointing:
         pipeline.transformer.enable_gradient_checkpointing()
     (pipeline.transformer if offload or beside else pipeline).to(device)
+    if dtype != torch.float32 and device.startswith("cuda"):
+        torch.set_float32_matmul_precision("high")  # the float32 adapters on it, in TensorFloat32
     return BACKBONES[type(pipeline)](
         pipeline,
         max_sequence_length=max_sequence_length,

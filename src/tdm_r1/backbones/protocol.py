@@ -76,6 +76,18 @@ class Backbone(Protocol):
     def save_lora(self, folder: Path, weights: dict[str, Tensor], config: LoraConfig) -> Path: ...
 
 
+def in_parts(velocity: Velocity, size: int) -> Velocity:
+    """The same on at most ``size`` samples at a time: what needs no gradient is bounded as what needs one is."""
+
+    def joined(x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        if len(x_t) <= size:
+            return velocity(x_t, t, conditioning)
+        parts = torch.arange(len(x_t), device=x_t.device).split(size)
+        return torch.cat([velocity(x_t[rows], t[rows], conditioning.rows(rows)) for rows in parts])
+
+    return joined
+
+
 def guided(velocity: Velocity, empty: Conditioning, scale: float) -> Velocity:
     """Classifier-free guidance, v_u + scale (v_c - v_u), both halves in one batch; scale 1 means none.
 

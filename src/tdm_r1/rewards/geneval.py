@@ -69,10 +69,11 @@ def detections_of(class_logits: Tensor, mask_logits: Tensor, size: tuple[int, in
     inside = masks > 0
     certainty = (masks.sigmoid() * inside).sum((1, 2)) / inside.sum((1, 2)).clamp_min(1)
     found = []
-    for i, confidence in enumerate((best * certainty).tolist()):
-        mask = inside[i].cpu().numpy()
+    for mask, kind, confidence in zip(
+        inside.cpu().numpy(), classes.tolist(), (best * certainty).tolist(), strict=True
+    ):  # copied in one go, where a GPU would wait for each
         if mask.any():
-            found.append(Detection(CLASSES[int(classes[i])], confidence, _box(mask), mask))
+            found.append(Detection(CLASSES[kind], confidence, _box(mask), mask))
     return sorted(found, key=lambda d: -d.confidence)
 
 
