@@ -9,6 +9,9 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+if not os.environ.get("TDM_R1_TEST_GPU"):  # before anything that looks for GPUs is imported
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 import pytest
 import torch
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
@@ -16,8 +19,6 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 from tdm_r1.config import RunConfig, load_recipe
 from tdm_r1.mini import autoencoder, build, features, pretrain, text
 
-if not os.environ.get("TDM_R1_TEST_GPU"):
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 torch.set_num_threads(2)
 
 
