@@ -50,6 +50,15 @@ def test_recipes_of_real_models_name_known_architectures():
     assert architecture_of("mini") is None
 
 
+def test_utilisation_is_what_was_measured():
+    """Of the largest batch of each model in docs/results/gpu_iteration.json."""
+    rows = json.loads((ROOT / "docs/results/gpu_iteration.json").read_text())["models"]
+    measured = {r["model"]: r["hardware_utilisation"] for r in sorted(rows, key=lambda r: r["samples"])}
+    assert set(measured) == {"sd35_medium", "z_image"}
+    for name, share in measured.items():
+        assert architectures()[name]["utilisation"] == round(share, 2)
+
+
 def test_a_models_folder_is_known_by_its_sizes(tmp_path: Path):
     (tmp_path / "transformer").mkdir()
     file = tmp_path / "transformer" / "config.json"

@@ -10,7 +10,6 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -176,24 +175,18 @@ class Comparison:
         name = re.sub(r"[^A-Za-z0-9.]+", "_", metric)
         files = {m.name: self.folder / "scores" / m.folder / f"{name}.json" for m in self.models}
         found = {model: json.loads(file.read_text()) for model, file in files.items() if file.exists()}
-        with self._measure(metric, [m for m in self.models if m.name not in found]) as measured:
-            for model, numbers in measured:
-                found[model] = numbers
-                if not numbers.get("missing"):
-                    write_text(files[model], json.dumps(numbers, indent=1))
-        return found
-
-    @contextmanager
-    def _measure(self, metric: str, models: list[Model]) -> Iterator[Iterator[tuple[str, dict[str, float]]]]:
-        """(model, its numbers) of ``models``; the reward is loaded for them, and let go."""
-        if metric == HELD_OUT or not models:
-            yield ((m.name, self._held_out(m)) for m in models)
-            return
-        scorer = Scorer(metric, self.config.scoring)
+        waiting = [m for m in self.models if m.name not in found]
+        scorer = Scorer(metric, self.config.scoring) if waiting and metric != HELD_OUT else None
         try:
-            yield ((m.name, self._reward(m, metric, scorer)) for m in models)
+            for model in waiting:
+                numbers = self._reward(model, metric, scorer) if scorer else self._held_out(model)
+                found[model.name] = numbers
+                if not numbers.get("missing"):
+                    write_text(files[model.name], json.dumps(numbers, indent=1))
         finally:
-            scorer.close()
+            if scorer:
+                scorer.close()
+        return found
 
     def _held_out(self, model: Model) -> dict[str, float]:
         found = self.task.metrics(self.images(model), self.prompts, self.config.evaluation.images_per_prompt)
@@ -313,11 +306,13 @@ def eval_command(command: Eval) -> None:
             f"This share is done. {waiting} pictures of other shares are missing; the last one writes the table."
         )
         return
-    result, *others = [c.result() for c in comparisons]
-    for comparison, other in zip(comparisons[1:], others, strict=True):
+    main, *elsewhere = comparisons
+    result = main.result()
+    for comparison in elsewhere:
+        other = comparison.result()
         comparison.write(other)
         result = with_other_prompts(result, other, str(comparison.config.task.prompts))
-    table = comparisons[0].write(result)
+    table = main.write(result)
     console.print(_shown(result))
     console.print(f"Wrote {table}, results.json and grid.png beside it")
 

@@ -58,7 +58,7 @@ class Embedder:
         new = self.backbone.encode(absent) if absent else []
         found = {p: self.cache.pop(p) for p in wanted if p in self.cache} | dict(zip(absent, new, strict=True))
         self.cache |= found
-        self.kept = max(self.kept, len(found))
+        self.kept = max(self.kept, len(found))  # those of an evaluation are wanted again, batch after batch
         for old in list(self.cache)[: -self.kept]:
             del self.cache[old]
         return found

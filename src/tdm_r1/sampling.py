@@ -69,7 +69,7 @@ class FewStepModel:
             dtype=getattr(torch, dtype),
             device=place,
             resolution=resolution,
-            decode_batch=4,
+            decode_batch=4,  # 2 GiB each at 1024 px
             offload=offload,
         )
         self.roles: Roles = lora_roles(self.backbone, settings, (Role.GENERATOR,))
