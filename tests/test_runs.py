@@ -138,6 +138,20 @@ def test_the_surrogate_keeps_to_its_points_and_noise_levels(tiny_config: Make):
     assert (part[~inside] == 0).all()
 
 
+def test_what_is_exported_may_carry_more_than_training_does(tiny_config: Make):
+    """Training is the same to the last bit; the averaged generator has phi's change once more in its weights."""
+    as_trained, more = (Run(tiny_config(surrogate={"carried": 1.0, "carried_exported": w})) for w in (None, 2.0))
+    for run in (as_trained, more):
+        run.step()
+        run.step()
+    assert_equal(weights(as_trained), weights(more))
+    change = more.roles._deltas(Role.SURROGATE_EMA)
+    assert max(float(d.abs().max()) for d in change) > 1e-4
+    acting = (run.roles._merged_weights(Role.GENERATOR_EMA) for run in (as_trained, more))
+    for once, twice, d in zip(*acting, change, strict=True):
+        torch.testing.assert_close(twice, once + d, atol=1e-6, rtol=0)
+
+
 def test_each_fake_score_knows_its_points(tiny_config: Make):
     run = Run(tiny_config(tdm={"fake_scores": "two"}))
     run.step()

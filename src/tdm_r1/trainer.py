@@ -113,8 +113,6 @@ def cast_roles(config: RunConfig, student: PipelineBackbone, teacher: PipelineBa
     if config.model.roles == "full":
         return full_roles(student, own, teacher=teacher)
     full = PHI if config.algorithm == "tdm_r1" and config.surrogate.weights == "full" else ()
-    weight = config.surrogate.carried if config.algorithm == "tdm_r1" else 0.0
-    phi = Carried(Role.SURROGATE_EMA, weight)
     return lora_roles(
         student,
         adapter_settings(config.model),
@@ -122,8 +120,18 @@ def cast_roles(config: RunConfig, student: PipelineBackbone, teacher: PipelineBa
         teacher=teacher,
         full=full,
         merge=config.model.merge,
-        carried=dict.fromkeys((r for r in own if r not in PHI), phi) if weight else None,
+        carried=carried_by(config),
     )
+
+
+def carried_by(config: RunConfig) -> dict[Role, Carried]:
+    """What each role carries, as the settings of the surrogate say."""
+    c = config.surrogate
+    if config.algorithm == "tdm" or not c.carried:
+        return {}
+    weights = {role: c.carried for role in own_roles(config) if role not in PHI}
+    weights[Role.GENERATOR_EMA] = c.carried_exported or c.carried
+    return {role: Carried(Role.SURROGATE_EMA, weight) for role, weight in weights.items()}
 
 
 class Run:

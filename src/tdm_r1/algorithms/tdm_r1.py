@@ -69,6 +69,12 @@ class SurrogateConfig(BaseModel):
         description="Weight at which generator and fake score act with the averaged phi's change of weights on top of "
         "their own; 0 is the paper. Ours, docs/method.md.",
     )
+    carried_exported: float | None = Field(
+        None,
+        gt=0,
+        description="The same for the averaged generator, which is evaluated and exported; training knows nothing of "
+        "it. None: as carried. Ours, docs/log.md.",
+    )
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-4, betas=(0.9, 0.99))
 
     @field_validator("time_range")
@@ -78,6 +84,15 @@ class SurrogateConfig(BaseModel):
         if not 0 <= low < high <= 1:
             raise ValueError("give two noise levels, 0 <= low < high <= 1")
         return value
+
+    @model_validator(mode="after")
+    def _carries_in_training(self) -> SurrogateConfig:
+        if self.carried_exported and not self.carried:
+            raise ValueError(
+                f"surrogate.carried_exported = {self.carried_exported} with carried = 0: what is exported carries what "
+                "training carries; set surrogate.carried, or carried_exported to null"
+            )
+        return self
 
     @model_validator(mode="after")
     def _averages_differ(self) -> SurrogateConfig:
