@@ -140,7 +140,8 @@ def test_the_surrogate_keeps_to_its_points_and_noise_levels(tiny_config: Make):
 
 def test_what_is_exported_may_carry_more_than_training_does(tiny_config: Make):
     """Training is the same to the last bit; the averaged generator has phi's change once more in its weights."""
-    as_trained, more = (Run(tiny_config(surrogate={"carried": 1.0, "carried_exported": w})) for w in (None, 2.0))
+    settings = [{"carried": 1.0, "carried_exported": w, "ema_decay": 0.0} for w in (None, 2.0)]
+    as_trained, more = (Run(tiny_config(surrogate=s)) for s in settings)
     for run in (as_trained, more):
         run.step()
         run.step()
@@ -150,6 +151,17 @@ def test_what_is_exported_may_carry_more_than_training_does(tiny_config: Make):
     acting = (run.roles._merged_weights(Role.GENERATOR_EMA) for run in (as_trained, more))
     for once, twice, d in zip(*acting, change, strict=True):
         torch.testing.assert_close(twice, once + d, atol=1e-6, rtol=0)
+
+
+def test_a_finished_run_is_exported_again_with_more_carried(tiny_config: Make, capsys):
+    run = Run(tiny_config(surrogate={"ema_decay": 0.0}, iterations=1))
+    run.fit()
+    file = next((run.folder / "lora").glob("*.safetensors"))
+    before, log = file.read_bytes(), (run.folder / "metrics.jsonl").read_text()
+    assert cli.main(["train", str(run.folder), "--resume", "--surrogate.carried-exported", "2"]) == 0
+    capsys.readouterr()
+    assert file.read_bytes() != before
+    assert (run.folder / "metrics.jsonl").read_text() == log
 
 
 def test_each_fake_score_knows_its_points(tiny_config: Make):
