@@ -37,6 +37,11 @@ def test_recipes_resolve_and_round_trip(name: str, tmp_path: Path):
         ({"surrogate": {"draw": 2}}, r"unknown setting surrogate\.draw = 2"),
         ({"surrogate": {"reference": "dynamic", "ema_decay": 0.995}}, r"^surrogate\.ema_decay = 0\.995 with reference"),
         ({"surrogate": {"carried": 1.0}, "model": {"roles": "full"}}, r"^surrogate\.carried = 1\.0: adapters carry"),
+        (
+            {"model": {"roles": "full", "student_lora": "here"}},
+            r"^model\.student_lora = 'here' with model\.roles = full: .* merge it into the model",
+        ),
+        ({"distill_with": "x", "model": {"roles": "full"}}, r"^distill_with = 'x' with model\.roles = full"),
         ({"surrogate": {"carried_exported": 1.6}}, r"^surrogate\.carried_exported = 1\.6 with carried = 0"),
         (
             {"tdm": {"fake_scores": "two"}, "sampler": {"steps": 1}},

@@ -272,6 +272,45 @@ def test_a_role_acts_with_what_it_carries(full: tuple[Role, ...], merge: bool, r
             assert bool((velocity(*args) - expected).abs().max() > 1e-3)
 
 
+@pytest.mark.parametrize("full", [(), (Role.SURROGATE,)], ids=["adapter", "full"])
+@pytest.mark.parametrize("merge", [False, True])
+def test_what_sits_on_a_second_backbone_is_carried_too(full, merge: bool, random_model: Path):
+    """The change of the teacher's weights acts on the student's, as it does in the exported file, in forwards with and
+    without gradients and after it has moved on; a role may be on stage between another's forward and backward."""
+    student, other = load(random_model), load(random_model)
+    with torch.no_grad():
+        for p in other.transformer.parameters():
+            p.mul_(1.1)
+    start = {n: p.detach().clone() for n, p in other.transformer.named_parameters()}
+    roles = lora_roles(student, lora(), OWN, teacher=other, full=full, merge=merge, carried=CARRIED)
+    args = inputs(student)
+    torch.manual_seed(1)
+    for _ in range(2):
+        with torch.no_grad():
+            for role in (Role.GENERATOR, Role.SURROGATE):
+                for p in roles.parameters(role):
+                    p.add_(0.02 * torch.randn_like(p))
+            by_hand = load(random_model).transformer
+            own, phi = roles.state(Role.GENERATOR), roles.state(Role.SURROGATE)
+            for name, p in by_hand.named_parameters():
+                a, b = (f"{name.removesuffix('.weight')}.lora_{x}.weight" for x in "AB")
+                if a in own:
+                    p += 2.0 * own[b] @ own[a] + 0.7 * (phi[name] - start[name] if full else 2.0 * phi[b] @ phi[a])
+            expected = student.velocity_of(by_hand)(*args)
+            with roles.use(Role.GENERATOR) as velocity:
+                torch.testing.assert_close(velocity(*args), expected, atol=2e-5, rtol=0)
+        with roles.use(Role.GENERATOR) as velocity:
+            v = velocity(*args)
+            with torch.no_grad(), roles.use(Role.FAKE) as fake_velocity:
+                fake_velocity(*args)
+            v.square().mean().backward()
+        torch.testing.assert_close(v.detach(), expected, atol=2e-5, rtol=0)
+        trained = {id(p) for p in roles.parameters(Role.GENERATOR)}
+        assert all(p.grad is None for p in student.transformer.parameters() if id(p) not in trained)
+        assert all(p.grad is None for p in other.transformer.parameters())
+        assert any(bool(p.grad.any()) for p in roles.parameters(Role.GENERATOR))
+
+
 @pytest.mark.parametrize(("full", "rank"), [((), 4), ((Role.SURROGATE,), 64)], ids=["adapter", "full"])
 def test_an_exported_adapter_holds_what_the_role_carries(full, rank: int, random_model: Path, tmp_path: Path):
     """The change of full weights needs the layers' own rank, 128."""

@@ -49,7 +49,9 @@ class ModelConfig(BaseModel):
         description="Strength at which student_lora is meant to be loaded, where its publisher names one (TDM-SD3: "
         "0.125); needed for a file without adapter metadata.",
     )
-    fake_lora: str | None = Field(None, description="A LoRA folder that the fake score starts from; else the teacher.")
+    fake_lora: str | None = Field(
+        None, description="A LoRA folder that the fake score starts from; else the model at `path`."
+    )
     max_sequence_length: int = Field(256, ge=1, le=512, description="Tokens of a prompt; a mini model knows its own.")
     t5: bool = Field(
         True, description="SD3: load T5, by far the largest of its text encoders; without it CLIP alone reads prompts."
@@ -184,6 +186,16 @@ class RunConfig(BaseModel):
             raise ValueError(
                 f"surrogate.carried = {self.surrogate.carried}: adapters carry; set it to 0 with model.roles = full"
             )
+        loras = {
+            "model.student_lora": self.model.student_lora,
+            "model.fake_lora": self.model.fake_lora,
+            "distill_with": self.distill_with,
+        }
+        if self.model.roles == "full" and (given := [f"{name} = {value!r}" for name, value in loras.items() if value]):
+            raise ValueError(
+                f"{given[0]} with model.roles = full: a LoRA starts adapters alone; merge it into the model at "
+                "model.path and set this to null"
+            )
         self._check_precision()
         if self.tdm.fake_scores == "two" and (self.sampler.steps < 2 or self.surrogate.reference == "fake"):
             raise ValueError(
@@ -191,8 +203,8 @@ class RunConfig(BaseModel):
                 f"surrogate.reference other than fake; they are {self.sampler.steps} and {self.surrogate.reference}. "
                 "Change them, or set tdm.fake_scores to one"
             )
-        given, name = self.task.prompts is not None, self.task.name
-        if (name == "prompts" and not given) or (name in ("mini", "mini_signs") and given):
+        prompts, name = self.task.prompts is not None, self.task.name
+        if (name == "prompts" and not prompts) or (name in ("mini", "mini_signs") and prompts):
             raise ValueError(
                 f"task.name = {name!r} with task.prompts = {self.task.prompts}: a file of prompts goes with "
                 "task.name = prompts, which needs one, or geneval"

@@ -71,8 +71,9 @@ class Roles:
         merge: without gradients, run an adapter as a merged copy of the weights that it adapts. Faster where the
             model is small; costs that copy for each role, and rounds in the backbone's precision.
         carried: what roles act with on top of their own adapters, in the layers that these adapt. It is a constant to
-            them: no gradient reaches the carried role. Another adapter acts beside the role's own; of a role with
-            full weights a copy of those layers is made, in the backbone's precision.
+            them: no gradient reaches the carried role. Another adapter acts beside the role's own, a copy of it where
+            it sits on another backbone; of a role with full weights a copy of those layers is made, in the backbone's
+            precision.
     """
 
     def __init__(
@@ -101,6 +102,9 @@ class Roles:
             if self._owns(role):
                 for p in weights.values():
                     p.requires_grad_(role in TRAINED)
+        # adapters of another backbone that are carried: a copy stands, under the same name, on the carriers' own
+        self._copies = {self._copy_key(r): dict(self._named(self._copy_seat(r))) for r in self.carried if self._far(r)}
+        self._copied: dict[tuple[int, Role], list[int]] = {}  # versions of what each was copied from
         for role, seat in self._seats.items():
             self._activate(seat.transformer, self._acting(role))
         if wrong := [role for role in self.carried if self._seats[role].adapter is None]:
@@ -135,6 +139,8 @@ class Roles:
         key = id(seat.transformer)
         before, weights = self._active[key], [layer.base_layer.weight.data for layer in self._layers[key]]
         merge = self.merge and seat.adapter is not None and not torch.is_grad_enabled()
+        if not merge and self._far(role):
+            self._bring_copy_up_to_date(role)
         self._activate(seat.transformer, () if merge else self._acting(role))
         self._set_base(key, self._merged_weights(role) if merge else self._carrying_weights(role))
         try:
@@ -142,6 +148,28 @@ class Roles:
         finally:
             self._set_base(key, weights)
             self._activate(seat.transformer, before)
+
+    def _far(self, role: Role) -> bool:
+        """Whether the adapter that the role carries sits on another backbone: a copy of it, of the same name, has to
+        stand beside the role's own (`lora_roles`)."""
+        if not self._carries_adapter(role):
+            return False
+        return self._seats[self.carried[role].role].transformer is not self._seats[role].transformer
+
+    def _copy_key(self, role: Role) -> tuple[int, Role]:
+        return id(self._seats[role].transformer), self.carried[role].role
+
+    def _copy_seat(self, role: Role) -> Seat:
+        return Seat(self._seats[role].transformer, str(self.carried[role].role))
+
+    @torch.no_grad()  # what is carried is a constant
+    def _bring_copy_up_to_date(self, role: Role) -> None:
+        key, source = self._copy_key(role), self._weights[self.carried[role].role]
+        versions = [p._version for p in source.values()]
+        if self._copied.get(key) != versions:  # else a backward that is still to come would find its weights changed
+            for name, p in self._copies[key].items():
+                p.copy_(source[name])
+            self._copied[key] = versions
 
     def _set_base(self, key: int, weights: list[Tensor]) -> None:
         for layer, weight in zip(self._layers[key], weights, strict=True):
@@ -227,6 +255,10 @@ class Roles:
             if self._layers[key] and self._seats[role].transformer is transformer and self._owns(role):
                 for p in weights.values():
                     p.requires_grad_(role in TRAINED and str(role) not in constant)
+        for (host, _), copied in self._copies.items():
+            if host == key:
+                for p in copied.values():
+                    p.requires_grad_(False)
 
     # -------------------------------------------------------------------------------------- weights
 
@@ -346,13 +378,8 @@ def lora_roles(
     for role, host in hosts.items():
         if role in full:
             continue
-        with warnings.catch_warnings():  # peft warns of a second adapter; a cast of them is what is wanted
-            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-            transformer: Any = host.transformer  # a diffusers model, for its peft mix-in
-            transformer.add_adapter(config, adapter_name=str(role))
+        seat = _new_adapter(host.transformer, config, str(role))
         # `init_lora_weights` draws A anew for each adapter: make equal starts really equal
-        seat = Seat(host.transformer, str(role))
-        _widen(p for _, p in Roles._named(seat))
         if id(host.transformer) in first:
             source = dict(Roles._named(Seat(host.transformer, first[id(host.transformer)])))
             with torch.no_grad():  # initialisation
@@ -360,8 +387,24 @@ def lora_roles(
                     p.copy_(source[name])
         first.setdefault(id(host.transformer), str(role))
         seats[role] = seat
+    for role, other in (carried or {}).items():
+        transformer: Any = hosts[role].transformer
+        name = str(other.role)
+        both_adapters = role not in full and other.role not in full
+        if both_adapters and hosts[other.role] is not hosts[role] and name not in transformer.peft_config:
+            _new_adapter(transformer, config, name)  # for a copy: `Roles` keeps it up to date
     seats[Role.TEACHER] = Seat((teacher or student).transformer, None)
     return Roles(seats, student.velocity_of, merge=merge, carried=carried)
+
+
+def _new_adapter(transformer: Any, config: LoraConfig, name: str) -> Seat:
+    """On a diffusers model, by its peft mix-in."""
+    with warnings.catch_warnings():  # peft warns of a second adapter; a cast of them is what is wanted
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        transformer.add_adapter(config, adapter_name=name)
+    seat = Seat(transformer, name)
+    _widen(p for _, p in Roles._named(seat))
+    return seat
 
 
 def _hosts(student: Backbone, teacher: Backbone | None, roles: tuple[Role, ...]) -> dict[Role, Backbone]:
