@@ -274,7 +274,7 @@ def test_a_role_acts_with_what_it_carries(full: tuple[Role, ...], merge: bool, r
 
 @pytest.mark.parametrize("full", [(), (Role.SURROGATE,)], ids=["adapter", "full"])
 @pytest.mark.parametrize("merge", [False, True])
-def test_what_sits_on_a_second_backbone_is_carried_too(full, merge: bool, random_model: Path):
+def test_what_sits_on_a_second_backbone_is_carried_too(full, merge: bool, random_model: Path, tmp_path: Path):
     """The change of the teacher's weights acts on the student's, as it does in the exported file, in forwards with and
     without gradients and after it has moved on; a role may be on stage between another's forward and backward."""
     student, other = load(random_model), load(random_model)
@@ -309,6 +309,12 @@ def test_what_sits_on_a_second_backbone_is_carried_too(full, merge: bool, random
         assert all(p.grad is None for p in student.transformer.parameters() if id(p) not in trained)
         assert all(p.grad is None for p in other.transformer.parameters())
         assert any(bool(p.grad.any()) for p in roles.parameters(Role.GENERATOR))
+    if not full:  # of which so low a rank holds no more than the nearest
+        student.save_lora(tmp_path, *roles.exported(Role.GENERATOR, lora()))
+        plain = load(random_model)
+        plain.pipeline.load_lora_weights(tmp_path)
+        with torch.no_grad():
+            torch.testing.assert_close(plain.velocity_of(plain.transformer)(*args), expected, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize(("full", "rank"), [((), 4), ((Role.SURROGATE,), 64)], ids=["adapter", "full"])

@@ -158,6 +158,8 @@ def test_a_finished_run_is_exported_again_with_more_carried(tiny_config: Make, c
     run.fit()
     file = next((run.folder / "lora").glob("*.safetensors"))
     before, log = file.read_bytes(), (run.folder / "metrics.jsonl").read_text()
+    assert cli.main(["train", str(run.folder), "--resume"]) == 0
+    assert file.read_bytes() == before
     assert cli.main(["train", str(run.folder), "--resume", "--surrogate.carried-exported", "2"]) == 0
     capsys.readouterr()
     assert file.read_bytes() != before
