@@ -6,7 +6,6 @@ does every metric of every model.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -26,7 +25,7 @@ from .checkpoint import write_text
 from .config import RunConfig, dump, load_recipe
 from .errors import UserError
 from .evaluation import Embedder, Sampling, generate, mean_of
-from .lora_files import load_lora, lora_file, lora_settings, with_strength
+from .lora_files import load_lora, lora_digest, lora_settings, with_strength
 from .mini import bundle
 from .randomness import torch_rng
 from .rewards import Scorer
@@ -55,13 +54,6 @@ class Model:
     @property
     def folder(self) -> str:
         return re.sub(r"[^A-Za-z0-9]+", "_", self.name).strip("_")
-
-    def digest(self) -> str | None:
-        """What tells one LoRA file from another."""
-        if self.lora is None:
-            return None
-        with lora_file(self.lora).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Comparison:
@@ -105,7 +97,10 @@ class Comparison:
         self._same(self.folder / "settings.json", settings, "other prompts, noise or model")
         for model in self.models:
             file = self.folder / "pictures" / model.folder / "settings.json"
-            made = asdict(model.sampling) | {"lora": model.digest(), "strength": model.strength}
+            made = asdict(model.sampling) | {
+                "lora": lora_digest(model.lora) if model.lora else None,
+                "strength": model.strength,
+            }
             self._same(file, made, f"another version of {model.name!r}")
         write_text(self.folder / "config.yaml", dump(self.config))
 

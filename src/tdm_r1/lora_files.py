@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft import LoraConfig
 from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from .roles import Role, Roles
@@ -86,6 +88,19 @@ def lora_settings(lora: str | Path, *, strength: float | None = None) -> LoraCon
         init_lora_weights="gaussian",
         target_modules=settings["target_modules"],
     )
+
+
+def lora_digest(lora: str | Path) -> str:
+    """What tells one LoRA from another: its weights and settings. (The bytes of two equal files differ: safetensors
+    writes metadata in no fixed order.)"""
+    digest = hashlib.sha256()
+    with safe_open(lora_file(lora), framework="pt") as file:
+        metadata = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+        settings = {k: sorted(v, key=str) if isinstance(v, list) else v for k, v in metadata.items()}
+        digest.update(json.dumps(settings, sort_keys=True).encode())
+        for name in sorted(file.keys()):
+            digest.update(save({name: file.get_tensor(name)}))
+    return digest.hexdigest()
 
 
 def with_strength(text: str) -> tuple[str, float | None]:
