@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 if not os.environ.get("TDM_R1_TEST_GPU"):  # before anything that looks for GPUs is imported
@@ -18,8 +19,14 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 from tdm_r1.config import RunConfig, load_recipe
 from tdm_r1.mini import autoencoder, build, features, pretrain, text
+from tdm_r1.trainer import Run
 
 torch.set_num_threads(2)
+for name in ("TDM_R1_TOKEN", "TDM_R1_MINI", "TDM_R1_MINI_SIGNS", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+    os.environ.pop(name, None)  # what a developer may have set would change what is tested
+for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+    del os.environ[name]
+os.environ["COLUMNS"] = "80"
 
 
 @pytest.fixture(scope="session")
@@ -38,18 +45,26 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tiny_config(random_model: Path, tmp_path: Path) -> Callable[..., RunConfig]:
     """Makes the demo's recipe tiny and points it at the random model; nested settings as dicts."""
+    return partial(_tiny, random_model, output=tmp_path)
 
-    def make(**changes) -> RunConfig:
-        values = load_recipe("mini").model_dump()
-        values |= {"iterations": 2, "save_every": 1, "output": tmp_path, "reward": f"{__file__}:left_brightness"}
-        values["model"] |= {"path": str(random_model), "student_lora": None, "max_sequence_length": 1}
-        values["batch"] = {"prompts": 3, "group": 4, "micro_batch": 12}
-        values["evaluation"] |= {"every": 0, "prompts": 6, "images_per_prompt": 2, "grid_prompts": 2}
-        for key, value in changes.items():
-            values[key] = values[key] | value if isinstance(value, dict) else value
-        return RunConfig.model_validate(values)
 
-    return make
+@pytest.fixture(scope="session")
+def finished_run(random_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of one iteration; to be read, or copied."""
+    run = Run(_tiny(random_model, output=tmp_path_factory.mktemp("runs"), iterations=1, model={"device": "cpu"}))
+    run.fit()
+    return run.folder
+
+
+def _tiny(model: Path, /, **changes) -> RunConfig:
+    values = load_recipe("mini").model_dump()
+    values |= {"iterations": 2, "save_every": 1, "reward": f"{__file__}:left_brightness"}
+    values["model"] |= {"path": str(model), "student_lora": None, "max_sequence_length": 1}
+    values["batch"] = {"prompts": 3, "group": 4, "micro_batch": 12}
+    values["evaluation"] |= {"every": 0, "prompts": 6, "images_per_prompt": 2, "grid_prompts": 2}
+    for key, value in changes.items():
+        values[key] = values[key] | value if isinstance(value, dict) else value
+    return RunConfig.model_validate(values)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import (
+    AutoTokenizer,
+    CLIPImageProcessorPil,
+    CLIPModel,
     Mask2FormerConfig,
     Mask2FormerForUniversalSegmentation,
     Mask2FormerImageProcessorPil,
@@ -102,9 +106,10 @@ def test_the_whole_path_of_geneval_on_random_models(detector: str, clip: str):
     """Reward and parts are what the protocol says of the detector's own detections."""
     rng = np.random.default_rng(1)
     prompts = [make_prompt(tag, rng) for tag in ("counting", "color_attr", "position")]
-    reward = GenEvalReward("soft", detector, clip)
+    small = {"height": 64, "width": 64}
+    reward = GenEvalReward("soft", detector, clip, small)
     scores = reward(IMAGES, [p.text for p in prompts], [p.metadata for p in prompts])
-    found = Mask2FormerDetector(detector)(IMAGES)
+    found = Mask2FormerDetector(detector, size=small)(IMAGES)
     assert all(len(f) > 0 for f in found)
     colors = ClipColors(clip)
     for i, prompt in enumerate(prompts):
@@ -118,6 +123,66 @@ def test_the_whole_path_of_geneval_on_random_models(detector: str, clip: str):
     coco = {"tag": "single_object", "include": [{"class": "mouse", "count": 1}]}  # GenEval calls it a computer mouse
     with pytest.raises(UserError, match="class = 'mouse' is none of GenEval's 80"):
         reward(IMAGES[:1], ["a mouse"], [coco])
+
+
+@pytest.mark.parametrize(
+    ("picture", "seen"), [((512, 512), (800, 800)), ((480, 640), (800, 1088)), ((300, 900), (448, 1344))]
+)
+def test_the_detector_sees_pictures_at_the_benchmarks_size(
+    detector: str, monkeypatch: pytest.MonkeyPatch, picture: tuple[int, int], seen: tuple[int, int]
+):
+    """The shorter side 800 px, the longer 1333 at most, both then up to a multiple of 32."""
+    network, sizes = Mask2FormerDetector(detector), []
+
+    class Seen(Exception):
+        pass
+
+    def note(module, args, kwargs):
+        sizes.append(tuple(kwargs["pixel_values"].shape[-2:]))
+        raise Seen
+
+    network.network.register_forward_pre_hook(note, with_kwargs=True)
+    with pytest.raises(Seen):
+        network(np.zeros((1, *picture, 3), np.uint8))
+    assert sizes == [seen]
+
+
+def test_colours_are_those_of_clip_with_genevals_words(clip: str):
+    """The nearest, by cosine, to the mean of three templates' embeddings; words and order are written out here."""
+    order = ["red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white"]
+    rng = np.random.default_rng(3)
+    image = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    masks = [np.zeros((64, 64), bool) for _ in range(12)]
+    boxes = []
+    for mask in masks:
+        y, x = (int(v) for v in rng.integers(0, 40, 2))
+        mask[y : y + 20, x : x + 20] = rng.random((20, 20)) < 0.7
+        mask[y, x] = mask[y + 19, x + 19] = True
+        boxes.append((x, y, x + 20, y + 20))
+    found = [Detection("wine glass", 1.0, tuple(map(float, b)), m) for b, m in zip(boxes, masks, strict=True)]
+    model = CLIPModel.from_pretrained(clip).eval()
+    tokenizer, processor = AutoTokenizer.from_pretrained(clip), CLIPImageProcessorPil.from_pretrained(clip)
+    texts = [
+        t
+        for c in order
+        for t in (f"a photo of a {c} wine glass", f"a photo of a {c}-colored wine glass", f"a photo of a {c} object")
+    ]
+    length = model.config.text_config.max_position_embeddings
+    tokens = tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+    crops = []
+    for (x0, y0, x1, y1), mask in zip(boxes, masks, strict=True):
+        crop = np.full((20, 20, 3), 0x99, np.uint8)
+        crop[mask[y0:y1, x0:x1]] = image[y0:y1, x0:x1][mask[y0:y1, x0:x1]]
+        crops.append(Image.fromarray(crop))
+    with torch.no_grad():
+        words = model.get_text_features(**tokens).pooler_output.numpy().astype(float)
+        looks = model.get_image_features(**processor(images=crops, return_tensors="pt")).pooler_output.numpy()
+    words /= np.linalg.norm(words, axis=1, keepdims=True)
+    classes = np.stack([words[3 * i : 3 * i + 3].mean(0) for i in range(10)])
+    classes /= np.linalg.norm(classes, axis=1, keepdims=True)
+    best = (looks.astype(float) @ classes.T).argmax(1)
+    assert ClipColors(clip)(image, found) == [order[i] for i in best]
+    assert len(set(best)) > 1
 
 
 def test_colours_of_objects_that_are_few_pixels_high(clip: str):
@@ -167,6 +232,26 @@ def test_training_prompts_follow_the_shares():
         assert tags.count(tag) == pytest.approx(3400 * share / 17, abs=75)
     assert [p.metadata["tag"] for p in task.eval_prompts(6)] == list(SHARES)
     assert task.eval_prompts(9) == task.eval_prompts(9)
+
+
+def test_what_is_evaluated_is_not_trained_on(tmp_path: Path):
+    """However it is worded, and with two objects in either order; single objects, all of which are asked, excepted."""
+    rng = np.random.default_rng(0)
+    asked = [make_prompt(tag, rng) for tag in ("counting", "two_object", "position") * 200]
+    turned = [
+        {**p.metadata, "include": p.metadata["include"][:: -1 if p.metadata["tag"] == "two_object" else 1]}
+        for p in asked
+    ]
+    rows = [m | {"prompt": f"as the benchmark words it {i}"} for i, m in enumerate(turned)]
+    everything = [{"tag": "single_object", "include": [{"class": c, "count": 1}], "prompt": c} for c in CLASSES]
+    path = tmp_path / "evaluation_metadata.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows + everything))
+    shares = {"counting": 1.0, "two_object": 1.0, "position": 1.0}
+    held_out = {p.text for p in asked}
+    drawn = {p.text for p in GenEvalTask(shares, path).train_prompts(2000, np.random.default_rng(1))}
+    assert len({p.text for p in GenEvalTask(shares).train_prompts(2000, np.random.default_rng(1))} & held_out) > 50
+    assert not drawn & held_out
+    assert len(GenEvalTask({"single_object": 1.0}, path).train_prompts(50, np.random.default_rng(1))) == 50
 
 
 @pytest.mark.parametrize(

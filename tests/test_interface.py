@@ -27,7 +27,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "tdm_r1"
 def test_recipes_resolve_and_round_trip(name: str, tmp_path: Path):
     config = load_recipe(name)
     (tmp_path / "config.yaml").write_text(dump(config))
-    assert load_recipe(str(tmp_path)) == config
+    assert load_recipe(str(tmp_path)) == config.override({"output": tmp_path.parent, "name": tmp_path.name})
     assert load_recipe(str(tmp_path / "config.yaml")) == config
 
 
@@ -169,6 +169,38 @@ def test_prompt_files(tmp_path: Path):
         PromptFileTask(text)
 
 
+def test_prompt_files_as_spreadsheets_and_editors_write_them(tmp_path: Path):
+    mark = b"\xef\xbb\xbf"
+    for name, text in (
+        ("a.txt", "a cat\r\na café\r\n"),
+        ("a.csv", "prompt,n\r\na cat,1\r\na café,2\r\n"),
+        ("a.jsonl", '{"prompt": "a cat"}\r\n{"prompt": "a café"}\r\n'),
+    ):
+        (tmp_path / name).write_bytes(mark + text.encode())
+        assert [p.text for p in read_prompts(tmp_path / name, "task.prompts")] == ["a cat", "a café"], name
+    (tmp_path / "a.jsonl").write_text('{"prompt": "two\u2028lines"}\n', encoding="utf-8")
+    assert read_prompts(tmp_path / "a.jsonl", "task.prompts")[0].text == "two\u2028lines"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "a.csv",
+            b"prompt\na red circle, two crosses\n",
+            r"a\.csv:2: more columns .* quote a prompt that holds a comma",
+        ),
+        ("a.jsonl", b'{"prompt": "a"}\n\n{"prompt": null}\n', r"a\.jsonl:3: prompt = None is no text"),
+        ("a.jsonl", b'{"prompt": ["a"]}\n', r"a\.jsonl:1: prompt = \['a'\] is no text"),
+        ("a.txt", b"caf\xe9\n", r"task\.prompts = .*a\.txt' is no text in UTF-8"),
+    ],
+)
+def test_prompt_files_that_would_be_misread_are_refused(name: str, content: bytes, message: str, tmp_path: Path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_prompts(tmp_path / name, "task.prompts")
+
+
 def test_prompt_tables_and_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     drawbench = tmp_path / "drawbench.csv"
     drawbench.write_text('Prompts,Category\n"a red car, parked",Colors\na pair of dogs,Counting\n')
@@ -218,6 +250,11 @@ def test_checkpoint_refuses_other_things(tmp_path: Path):
     with pytest.raises(TypeError, match="only tensors and plain values"):
         save_state(tmp_path / "c.safetensors", {"f": object()})
     assert not list(tmp_path.iterdir())
+    (tmp_path / "full").mkdir()  # stands for a disk that is: it cannot be replaced by a file
+    (tmp_path / "full" / "x").touch()
+    with pytest.raises(OSError, match="full"):
+        save_state(tmp_path / "full", {"a": torch.zeros(1)})
+    assert [p.name for p in tmp_path.iterdir()] == ["full"]
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="not a tdm-r1 checkpoint"):
         load_state(tmp_path / "other.safetensors")

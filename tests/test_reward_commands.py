@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -71,6 +72,48 @@ def test_score_a_folder(folder: Path, capsys):
     assert "6 pictures" in capsys.readouterr().out
 
 
+def test_pictures_are_taken_as_people_count(tmp_path: Path):
+    for name in ("10.png", "2.png", "1.png", "a/10.png", "a/9.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(IMAGES[0]).save(tmp_path / name)
+    names = [f.relative_to(tmp_path).as_posix() for f in picture_files(tmp_path)]
+    assert names == ["1.png", "2.png", "10.png", "a/9.png", "a/10.png"]
+
+
+def test_a_picture_that_cannot_be_read_costs_its_own_score(folder: Path, capsys):
+    for name in ("01.png", "03.png", "04.png"):
+        (folder / name).write_bytes(b"\x89PNG half a picture")
+    out = folder / "new" / "scores.jsonl"
+    assert cli.main(["score", str(folder), "--reward", here("graded"), "--out", str(out), "--chunk", "4"]) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    lost = [None if i in (1, 3, 4) else score for i, score in enumerate(SCORES)]
+    assert [r["score"] for r in rows] == [pytest.approx(s) if s is not None else None for s in lost]
+    assert [r["parts"]["strict"] is None for r in rows] == [s is None for s in lost]
+    assert "04.png' cannot be read as a picture" in " ".join(capsys.readouterr().out.split())
+
+
+def test_scoring_that_is_broken_off_leaves_what_it_had(folder: Path, tmp_path: Path):
+    out = tmp_path / "scores.jsonl"
+    out.write_text("of yesterday\n")
+    (folder / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": t, "i": i}) for i, t in enumerate(TEXTS)))
+    args = ["--prompts", str(folder / "prompts.jsonl"), "--out", str(out), "--chunk", "2"]
+    assert cli.main(["score", str(folder), "--reward", here("interrupted_at_three"), *args]) == 130
+    assert out.read_text() == "of yesterday\n"
+    rows = [json.loads(line) for line in (tmp_path / "scores.jsonl.partial").read_text().splitlines()]
+    assert [r["score"] for r in rows] == pytest.approx(SCORES[:2])
+
+
+def test_a_reward_of_ones_own_may_import_its_neighbours(tmp_path: Path):
+    (tmp_path / "neighbour_of_mine.py").write_text("SCORE = 0.25\n")
+    (tmp_path / "mine_too.py").write_text(
+        "import neighbour_of_mine\ndef f(images, prompts, metadata):\n    return [neighbour_of_mine.SCORE]\n"
+    )
+    assert load_reward(f"{tmp_path}/mine_too.py:f")(IMAGES[:1], TEXTS[:1], [{}]) == [0.25]
+    (tmp_path / "lost.py").write_text("import no_such_neighbour\n")
+    with pytest.raises(ValueError, match=r"lost\.py' cannot be imported: No module named 'no_such_neighbour'"):
+        load_reward(f"{tmp_path}/lost.py:f")
+
+
 def test_prompts_go_with_pictures_by_name(folder: Path, tmp_path: Path):
     rows = [{"file": f"{i:02d}.png", "prompt": TEXTS[i], "i": 10 * i} for i in reversed(range(6))]
     (tmp_path / "p.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
@@ -110,6 +153,21 @@ def test_genevals_layout_brings_its_prompts(geneval_layout: Path, capsys):
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [r["prompt"] for r in rows] == ["prompt 0", "prompt 0", "prompt 1", "prompt 1"]
     assert rows[3]["file"] == "00001/samples/0001.png"
+
+
+def test_genevals_figure_is_the_mean_of_its_families(geneval_layout: Path, capsys):
+    """Its generator also leaves a grid beside the samples, which is no sample."""
+    sheet = geneval_layout / "00001/metadata.jsonl"
+    sheet.write_text(sheet.read_text().replace("single_object", "counting"))
+    (geneval_layout / "00001/samples/0001.png").unlink()
+    for i in range(2):
+        Image.fromarray(IMAGES[5]).save(geneval_layout / f"{i:05d}/grid.png")
+    assert cli.main(["score", str(geneval_layout), "--reward", here("brightness")]) == 0
+    rows = [line.replace("│", " ").split() for line in capsys.readouterr().out.splitlines()]
+    means = {row[0]: float(row[1]) for row in rows if row and row[0] in ("single_object", "counting")}
+    assert means == {"single_object": pytest.approx(0.1), "counting": pytest.approx(0.4)}
+    (figure,) = [row for row in rows if row[:4] == ["mean", "of", "2", "families"]]
+    assert float(figure[4]) == pytest.approx(0.25)
 
 
 @pytest.mark.parametrize(
@@ -158,6 +216,17 @@ def test_weights_are_ready_when_the_very_file_is_there(tmp_path: Path, monkeypat
     (snapshot / "HPS_v2_compressed.pt").touch()
     assert is_cached("xswu/HPSv2:HPS_v2_compressed.pt")
     assert not is_cached("xswu/HPSv2:HPS_v2.1_compressed.pt")
+    assert not is_cached("xswu/HPSv2")  # which is no model in transformers' format
+    (snapshot / "open_clip_model.safetensors").touch()
+    assert not is_cached("xswu/HPSv2")
+    (snapshot / "model.safetensors").touch()
+    assert is_cached("xswu/HPSv2")
+
+
+def test_a_broken_installation_is_not_called_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "broken_engine.py").write_text("raise OSError('libGL.so.1: no such file')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "libGL.so.1" in state_of(Entry("x", lambda: brightness, "far", ("broken_engine",)))
 
 
 LIGHT = """
@@ -191,7 +260,31 @@ def test_serving_a_reward_needs_no_torch(tmp_path: Path):
     assert json.loads(done.stdout.splitlines()[-1]) == {"reward": f"{tmp_path}/mine.py:half"}
 
 
+class Scorers:
+    """Stands for the models of scorers/, which have an environment of their own; asks for pictures as they do."""
+
+    @classmethod
+    def from_pretrained(cls, name: str, **settings) -> Scorers:
+        return cls()
+
+    def __init__(self, device: str = "cuda") -> None: ...
+
+    def reward(self, prompts: list[str], image_paths: list[Image.Image]) -> list[tuple[float, float]]:
+        return [(float(image.size[0]), 0.5) for image in image_paths]
+
+    def score(self, images: list[Image.Image]) -> list[float]:
+        return [float(image.size[0]) for image in images]
+
+
 @pytest.mark.parametrize("name", ["hpsv3", "deqa"])
-def test_scorers_of_their_own_environment_can_be_loaded(name: str):
-    """Their libraries are imported when the first picture comes; loading alone checks the file and the name."""
-    assert callable(load_reward(f"{Path(__file__).parent.parent}/scorers/{name}.py:{name}"))
+def test_scorers_of_their_own_environment_load_their_model_with_the_file(name: str, monkeypatch: pytest.MonkeyPatch):
+    """So a server serves once it can score, and says at once if it cannot."""
+    reward = f"{Path(__file__).parent.parent}/scorers/{name}_reward.py:{name}"
+    if name == "hpsv3":
+        with pytest.raises(ValueError, match="No module named 'hpsv3'"):
+            load_reward(reward)
+        monkeypatch.setitem(sys.modules, "hpsv3", ModuleType("hpsv3"))
+        sys.modules["hpsv3"].HPSv3RewardInferencer = Scorers
+    else:
+        monkeypatch.setattr("transformers.AutoModelForCausalLM", Scorers)
+    assert load_reward(reward)(IMAGES, TEXTS, [{}] * len(IMAGES)) == [8.0] * len(IMAGES)

@@ -175,6 +175,21 @@ def test_the_token(serve, monkeypatch):
         RewardServer("test", brightness, host="0.0.0.0")
 
 
+def test_a_refusal_is_heard_behind_megabytes(serve):
+    """A client that is still sending when it is refused would take it for a broken connection."""
+    noise = np.random.default_rng(0).integers(0, 256, (3, 512, 512, 3), dtype=np.uint8)
+    small = serve(brightness, max_request=2**20)
+    for server, why in ((serve(brightness, token="secret"), "wrong or no token"), (small, "over the limit")):
+        with pytest.raises(UserError, match=why):
+            RemoteReward(server.url, timeout=20, chunk=3)(noise, TEXTS[:3], METADATA[:3])
+
+
+def test_a_port_that_is_taken_is_told(serve):
+    port = serve(brightness).server_address[1]
+    with pytest.raises(UserError, match=rf"cannot listen on 127\.0\.0\.1:{port}: .*give another --port"):
+        RewardServer("test", brightness, port=port)
+
+
 class Misbehaving(http.server.BaseHTTPRequestHandler):
     """A server that is slow, drops the connection or answers garbage, by its class attribute."""
 

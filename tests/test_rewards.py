@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
+import os
+import signal
 import time
 from pathlib import Path
 
@@ -210,7 +213,9 @@ def test_a_worker_that_dies_between_batches_is_replaced():
     workers = Workers(here("dies_between_batches"), load_reward, processes=1, timeout=20.0, chunk=6)
     try:
         np.testing.assert_allclose(workers(IMAGES, TEXTS, METADATA).values, SCORES)
-        time.sleep(1.5)  # the pool has noticed
+        end = time.monotonic() + 60
+        while workers.pool.active and time.monotonic() < end:
+            time.sleep(0.05)  # until the pool has noticed
         np.testing.assert_allclose(workers(IMAGES, TEXTS, METADATA).values, SCORES)
     finally:
         workers.close()
@@ -233,14 +238,14 @@ def test_a_replacement_that_cannot_be_loaded_costs_samples_not_the_run(tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("load", "why"),
+    ("load", "patience", "why"),
     [
-        (loads_for_ever, "no worker was ready within 3 seconds"),
-        (dies_loading, "died before they had anything to score"),
+        (loads_for_ever, 2.0, "no worker was ready within 4 seconds"),
+        (dies_loading, 60.0, "died before they had anything to score"),
     ],
 )
-def test_loading_that_hangs_or_dies_is_told(load, why: str):
-    workers = Workers("x", load, processes=1, timeout=1.0, chunk=6, load_timeout=2.0)
+def test_loading_that_hangs_or_dies_is_told(load, patience: float, why: str):
+    workers = Workers("x", load, processes=1, timeout=1.0, chunk=3, load_timeout=patience)
     try:
         scores = workers(IMAGES, TEXTS, METADATA)
         with pytest.raises(UserError, match="could not be loaded"):
@@ -249,6 +254,20 @@ def test_loading_that_hangs_or_dies_is_told(load, why: str):
         workers.close()
     assert np.isnan(scores.values).all()
     assert why in scores.failures[0]
+
+
+def test_a_chunk_is_given_to_other_workers_where_the_idle_ones_had_died():
+    """The pool hears of a death a moment later than the next batch may come."""
+    workers = Workers(here("brightness"), load_reward, processes=1, timeout=20.0, chunk=2)
+    try:
+        workers.start()
+        (worker,) = multiprocessing.active_children()
+        os.kill(worker.pid, signal.SIGKILL)
+        scores = workers(IMAGES, TEXTS, METADATA)
+    finally:
+        workers.close()
+    np.testing.assert_allclose(scores.values, SCORES)
+    assert scores.failures == ()
 
 
 def test_batches_are_scored_at_once_where_no_reward_is_in_this_process():

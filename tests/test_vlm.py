@@ -76,6 +76,7 @@ class Judge(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def url() -> Iterator[str]:
+    Judge.asked.clear()
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Judge)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}/v1"
@@ -85,6 +86,7 @@ def url() -> Iterator[str]:
 
 def test_a_judge_scores_pictures(url: str, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "none")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # which has no business with this machine
     images = np.stack([np.full((8, 8, 3), v, np.uint8) for v in (51, 0, 204, 255, 102)])
     judge = VLMJudge(base_url=url)
     judge.client = judge.client.with_options(max_retries=0)

@@ -25,8 +25,13 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
     tree = _pack(state, tensors, "")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata={_TREE: json.dumps(tree)})
-    os.replace(partial, path)
+    try:
+        save_file(tensors, partial, metadata={_TREE: json.dumps(tree)})
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())  # a file that is there by name is there in whole, also after a power cut
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def load_state(path: Path) -> Any:
@@ -66,8 +71,8 @@ def _unpack(tree: Any, file: Any) -> Any:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file so that it appears whole or not at all, also where several processes write it."""
+    """Writes a text file (UTF-8) so that it appears whole or not at all, also where several processes write it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)

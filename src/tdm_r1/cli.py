@@ -9,14 +9,18 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 from tyro.conf import Positional
 
 from .errors import UserError
 from .recipes import recipe_names
+
+if TYPE_CHECKING:
+    from .config import TrainCommand
 
 
 @dataclass
@@ -25,29 +29,32 @@ class Sample:
 
     prompt: str
     """What to draw; several prompts are separated by |."""
-    model: str = "mini"
-    """'mini', 'mini_signs', a hub id or a pipeline folder."""
     lora: str | None = None
     """A LoRA folder or hub id, such as runs/mini/lora; with @0.125 behind it where its publisher loads it at such a
     strength. With a mini model the default is its bundled 4-step student."""
+    model: str | None = None
+    """'mini', 'mini_signs', a hub id or a pipeline folder. This and what follows down to max_sequence_length: as in the
+    run that wrote the LoRA, if its folder still lies there; else 'mini'."""
     images: int = 4
     """Pictures a prompt."""
-    steps: int = 4
-    """Forward evaluations a picture."""
-    shift: float = 3.0
-    """Shift of the time grid."""
-    solver: Literal["euler", "dpm"] = "euler"
-    """As the LoRA was trained: the recipes for real models train with dpm."""
+    steps: int | None = None
+    """Forward evaluations a picture; else 4."""
+    shift: float | None = None
+    """Shift of the time grid; else 3."""
+    solver: Literal["euler", "dpm"] | None = None
+    """As the LoRA was trained: the recipes for real models train with dpm; else euler."""
     resolution: int | None = None
-    """Side of the pictures in px; the model's own if not given, though a LoRA may have been trained at another."""
+    """Side of the pictures in px; else the model's own, though a LoRA may have been trained at another."""
+    t5: bool | None = None
+    """SD3: whether T5 reads prompts; else it does."""
+    max_sequence_length: int | None = None
+    """T5 tokens; else 256. A mini model knows its own."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the weights; auto is bfloat16 on a GPU, float32 elsewhere."""
     offload: bool = False
     """Keep text encoders and autoencoder in main memory while nobody needs them."""
     seed: int = 0
     """Of the noise."""
-    max_sequence_length: int = 256
-    """T5 tokens; the mini model knows its own."""
     out: Path = Path("sample.png")
     """A PNG: one picture, or a grid of several."""
 
@@ -57,7 +64,7 @@ class Eval:
     """Compares LoRAs and the many-step base on a recipe's prompts, all from the same noise.
 
     Goes on where it was interrupted: every picture is a file, and so are the scores of every metric; delete the folder
-    `scores` after changing a reward of your own. Writes results.json, table.md and grid.png.
+    `scores` where a server answers otherwise than before. Writes results.json, table.md and grid.png.
     """
 
     recipe: Positional[str]
@@ -93,7 +100,8 @@ class Score:
     reward: str
     """As in training: a name (`tdm-r1 rewards`), my_rewards.py:function, a server's URL, or a weighted sum."""
     prompts: Path | None = None
-    """A .txt with a line a picture in the order of their names, or .jsonl rows with 'file', 'prompt' and metadata."""
+    """A .txt with a line a picture in the order of their names (2.png before 10.png), or .jsonl rows with 'file',
+    'prompt' and metadata."""
     out: Path | None = None
     """Write one JSON line a picture."""
     workers: int = 0
@@ -178,9 +186,12 @@ def main(argv: list[str] | None = None) -> int:
     _quiet_libraries()
     try:
         return _dispatch(args)
-    except (UserError, ValueError, FloatingPointError) as error:
+    except (UserError, ValueError, FloatingPointError, OSError) as error:
         print(f"tdm-r1: {_one_line(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("tdm-r1: interrupted", file=sys.stderr)
+        return 130
 
 
 def _one_line(error: Exception) -> str:
@@ -260,8 +271,10 @@ def _train(args: list[str], *, prog: str = "train") -> int:
         return 0 if args else 2
     from .config import TrainCommand, dump, load_recipe
 
-    recipe = load_recipe(args[0])
-    command = tyro.cli(TrainCommand, default=TrainCommand(recipe), args=args[1:], prog=f"tdm-r1 {prog} {args[0]}")
+    parse = partial(tyro.cli, TrainCommand, args=args[1:], prog=f"tdm-r1 {prog} {args[0]}")
+    command = parse(default=TrainCommand(load_recipe(args[0])))
+    if command.resume:
+        command = _resumed(command, parse)
     if prog == "distill" and command.config.algorithm != "tdm":
         raise UserError(f"algorithm = {command.config.algorithm!r}: distill wants a recipe of tdm; use `tdm-r1 train`")
     if command.dry_run:
@@ -273,6 +286,21 @@ def _train(args: list[str], *, prog: str = "train") -> int:
 
     train(command.config, resume=command.resume)
     return 0
+
+
+def _resumed(command: TrainCommand, parse: Callable[..., TrainCommand]) -> TrainCommand:
+    """The command with the settings that the run was started with, wherever the command line does not name others."""
+    from .config import CONFIG_FILE, TrainCommand, differences, load_recipe
+
+    asked = command.config
+    if not (asked.folder / CONFIG_FILE).is_file():
+        return command
+    command = parse(default=TrainCommand(load_recipe(str(asked.folder))))
+    made_by_the_run = ("model.student_lora", "model.fake_lora") if asked.distill_with else ()
+    for name, recipe, own in differences(asked, command.config):
+        if name not in made_by_the_run:
+            print(f"{asked.folder} keeps its own {name} = {own!r} (the recipe's is {recipe!r})")
+    return command
 
 
 def _distill(args: list[str]) -> int:
@@ -351,7 +379,7 @@ def _study(args: list[str]) -> int:
 
     from .mini.report import study
 
-    label = command.label or ("demo" if command.recipe == "mini" else command.recipe)
+    label = command.label or ("demo" if command.recipe == "mini" else Path(command.recipe).stem)
     study(command.recipe, command.seeds, label, command.output, command.out, Console())
     return 0
 

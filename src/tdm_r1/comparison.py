@@ -6,12 +6,13 @@ does every metric of every model.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,22 +23,24 @@ from rich.table import Table
 
 from . import pictures
 from .checkpoint import write_text
-from .config import RunConfig, dump, load_recipe
+from .config import CONFIG_FILE, ModelConfig, RunConfig, dump, load_recipe, run_of
 from .errors import UserError
 from .evaluation import Embedder, Sampling, generate, mean_of
 from .lora_files import load_lora, lora_digest, lora_settings, with_strength
 from .mini import bundle
 from .randomness import torch_rng
 from .rewards import Scorer
+from .rewards.scorer import parse
 from .rewards.scores import joined
 from .roles import Role, lora_roles
 from .tasks import read_prompts
-from .trainer import adapter_settings, load_backbones, load_task
+from .trainer import LOG, adapter_settings, load_backbones, load_task, resolve_model
 
 if TYPE_CHECKING:
     from .cli import Eval
 
 GRID_PROMPTS = 12
+SETTINGS = "settings.json"  # how the pictures beside it were made
 HELD_OUT = "held_out"  # the task's own metrics, among the rewards
 TOTALS = ("mean", "overall")  # of a reward's numbers
 
@@ -64,7 +67,7 @@ class Comparison:
         models: rows of the table. Raises UserError if two of them would share a folder.
         rewards: what pictures are scored with, by name, beside the task's held-out metrics.
         folder: where pictures, scores and the table go; what is there already is kept. Raises UserError if it holds
-            the pictures of another evaluation.
+            the pictures of another evaluation, or a run.
         shard: (this one, of how many).
     """
 
@@ -91,25 +94,27 @@ class Comparison:
 
     def _same_evaluation(self) -> None:
         """Refuses a folder whose pictures were made otherwise: they would be taken for these."""
+        if (self.folder / LOG).exists():
+            raise UserError(f"--out = {str(self.folder)!r} is a run's folder: name another, or one in it")
         settings = {"prompts": [p.text for p in self.prompts], "seed": self.config.evaluation.seed}
-        m = self.config.model
-        settings |= {"model": m.path, "teacher": m.teacher, "resolution": m.resolution, "dtype": m.dtype}
-        self._same(self.folder / "settings.json", settings, "other prompts, noise or model")
+        settings |= _what_draws(self.config.model)
+        self._same(self.folder / SETTINGS, self.folder / "pictures", settings, "other prompts, noise or model")
         for model in self.models:
-            file = self.folder / "pictures" / model.folder / "settings.json"
+            file = self.folder / "pictures" / model.folder / SETTINGS
             made = asdict(model.sampling) | {
                 "lora": lora_digest(model.lora) if model.lora else None,
                 "strength": model.strength,
             }
-            self._same(file, made, f"another version of {model.name!r}")
-        write_text(self.folder / "config.yaml", dump(self.config))
+            self._same(file, file.parent, made, f"another version of {model.name!r}")
+        write_text(self.folder / CONFIG_FILE, dump(self.config))
 
-    def _same(self, file: Path, settings: dict, otherwise: str) -> None:
+    def _same(self, file: Path, made: Path, settings: dict, otherwise: str) -> None:
         text = json.dumps(settings, indent=1)
-        if file.exists() and file.read_text() != text:
+        if file.exists() and file.read_text() == text:
+            return
+        if file.exists() and any(made.rglob("*.png")):
             raise UserError(f"--out = {str(self.folder)!r} holds pictures of {otherwise}: name another folder")
-        if not file.exists():
-            write_text(file, text)
+        write_text(file, text)
 
     # -------------------------------------------------------------------------------------- pictures
 
@@ -167,8 +172,7 @@ class Comparison:
     def _column(self, metric: str) -> dict[str, dict[str, float]]:
         """model -> its numbers of one metric. Those with missing scores are not filed: the next evaluation asks for
         them again."""
-        name = re.sub(r"[^A-Za-z0-9.]+", "_", metric)
-        files = {m.name: self.folder / "scores" / m.folder / f"{name}.json" for m in self.models}
+        files = {m.name: self._scores_file(m, metric) for m in self.models}
         found = {model: json.loads(file.read_text()) for model, file in files.items() if file.exists()}
         waiting = [m for m in self.models if m.name not in found]
         scorer = Scorer(metric, self.config.scoring) if waiting and metric != HELD_OUT else None
@@ -182,6 +186,17 @@ class Comparison:
             if scorer:
                 scorer.close()
         return found
+
+    def _scores_file(self, model: Model, metric: str) -> Path:
+        """Where a model's numbers of a metric are kept: by all that they depend on, which is the metric, a user's own
+        file of it, the prompts, and how the pictures were made."""
+        terms = [] if metric == HELD_OUT else [Path(term.name.rpartition(":")[0]) for term in parse(metric)]
+        own = [file.read_text(encoding="utf-8") for file in terms if file.suffix == ".py" and file.is_file()]
+        made = [f.read_text() for f in (self.folder / SETTINGS, self.folder / "pictures" / model.folder / SETTINGS)]
+        prompts = [(p.text, p.metadata) for p in self.prompts]
+        text = json.dumps([metric, own, made, self.config.task.name, prompts], sort_keys=True, default=str)
+        name = f"{re.sub(r'[^A-Za-z0-9.]+', '_', metric)[-80:]}_{hashlib.sha256(text.encode()).hexdigest()[:8]}.json"
+        return self.folder / "scores" / model.folder / name
 
     def _held_out(self, model: Model) -> dict[str, float]:
         found = self.task.metrics(self.images(model), self.prompts, self.config.evaluation.images_per_prompt)
@@ -243,6 +258,25 @@ class Comparison:
         return pictures.grid(shown, [self.prompts[i].text for i in rows])
 
 
+def _what_draws(model: ModelConfig) -> dict[str, Any]:
+    """All of a model's settings that its pictures depend on, with a fingerprint of weights that lie on this machine."""
+    kept = ("path", "teacher", "resolution", "dtype", "t5", "max_sequence_length")
+    paths = [resolve_model(model)[0], *([model.teacher] if model.teacher else [])]
+    return model.model_dump(mode="json", include=set(kept)) | {"weights": [_fingerprint(Path(p)) for p in paths]}
+
+
+def _fingerprint(folder: Path) -> str | None:
+    """Of a pipeline's folder: its files' sizes and first MiB, since hashing a large model takes minutes."""
+    if not folder.is_dir():
+        return None
+    digest = hashlib.sha256()
+    for path in sorted(f for f in folder.rglob("*") if f.suffix in (".json", ".safetensors", ".txt", ".model")):
+        digest.update(f"{path.relative_to(folder).as_posix()} {path.stat().st_size} ".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(2**20))
+    return digest.hexdigest()
+
+
 def columns_of(result: dict) -> dict[tuple[str, str], str]:
     """(metric, number) -> title: the trained reward first, by family where prompts have one, and what it is made of;
     then the others."""
@@ -293,6 +327,14 @@ def eval_command(command: Eval) -> None:
     models = models_of(config, command.lora, command.base_steps, command.guidance)
     if not models:
         raise UserError("nothing to evaluate: give --lora, or --base-steps above 0")
+    for model in models:
+        trained = run_of(model.lora) if model.lora else None
+        if trained and trained.model.path != config.model.path:
+            console.print(
+                f"{model.name} was trained on {trained.model.path}, but is evaluated on {config.model.path}",
+                style="yellow",
+                markup=False,
+            )
     comparisons = _comparisons(command, config, models, console)
     for comparison in comparisons:
         comparison.sample()

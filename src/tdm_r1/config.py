@@ -19,6 +19,7 @@ from .errors import UserError
 from .recipes import recipe_names, recipe_text
 from .rewards import ScoringConfig
 
+CONFIG_FILE = "config.yaml"  # in a run's folder
 TaskName = Literal["mini", "mini_signs", "prompts", "geneval"]
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
@@ -161,6 +162,11 @@ class RunConfig(BaseModel):
     balance: BalanceConfig = BalanceConfig()
     evaluation: EvalConfig = EvalConfig()
 
+    @property
+    def folder(self) -> Path:
+        """Where the run's files go."""
+        return self.output / self.name
+
     def override(self, settings: dict[str, Any]) -> RunConfig:
         """A copy with settings changed by dotted name, ``{"surrogate.draws": 2}``. Raises UserError on bad ones."""
         values = self.model_dump()
@@ -233,17 +239,51 @@ class TrainCommand:
     dry_run: bool = False
     """Print the resolved configuration and what it will need of a GPU, and stop; needs neither GPU nor hub."""
     resume: bool = False
-    """Go on from the run's last checkpoint."""
+    """Go on from the run's last checkpoint, with the run's own settings but for those that are given here."""
 
 
 def load_recipe(name: str) -> RunConfig:
     """A recipe by name, by path, or a run's own configuration by its folder.
 
-    A recipe may say ``extends: OTHER`` and give its differences alone.
+    A recipe may say ``extends: OTHER`` and give its differences alone. A run's configuration means the folder that it
+    lies in, wherever that was copied.
 
     Raises UserError naming the field, the value and the fix.
     """
-    return validate(_recipe_values(name))
+    values = _recipe_values(name)
+    if not _is_folder(name):
+        return validate(values)
+    folder = Path(name) if Path(name).name not in ("", "..") else Path(name).resolve()
+    try:
+        return validate(values).override({"output": folder.parent, "name": folder.name})
+    except UserError as error:
+        raise UserError(f"{folder / CONFIG_FILE}: {error}") from error
+
+
+def run_of(lora: str | Path) -> RunConfig | None:
+    """The settings of the run that wrote a LoRA's folder, where they lie beside it and can be read."""
+    folder = Path(lora).parent
+    try:
+        return load_recipe(str(folder)) if _is_folder(str(folder)) else None
+    except UserError:
+        return None  # of another version
+
+
+def _is_folder(name: str) -> bool:
+    return name not in recipe_names() and (Path(name) / CONFIG_FILE).is_file()
+
+
+def differences(old: RunConfig, new: RunConfig) -> list[tuple[str, Any, Any]]:
+    """(dotted name, old value, new value) of each setting that is not the same; where the folder is does not count."""
+    a, b = (_flat(config.model_dump(mode="json", exclude={"output", "name"})) for config in (old, new))
+    return [(name, a.get(name), b.get(name)) for name in a | b if a.get(name) != b.get(name)]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
 
 
 def _recipe_values(name: str, seen: tuple[str, ...] = ()) -> Any:
@@ -252,10 +292,10 @@ def _recipe_values(name: str, seen: tuple[str, ...] = ()) -> Any:
     path = Path(name)
     if name in recipe_names():
         text = recipe_text(name)
-    elif (path / "config.yaml").is_file():
-        text = (path / "config.yaml").read_text()
+    elif _is_folder(name):
+        text = (path / CONFIG_FILE).read_text(encoding="utf-8")
     elif path.suffix in (".yaml", ".yml") and path.is_file():
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     else:
         raise UserError(
             f"recipe {name!r} is neither a run's folder, nor a YAML file, nor one of: {', '.join(recipe_names())}"

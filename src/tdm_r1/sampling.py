@@ -14,7 +14,7 @@ from rich.console import Console
 
 from . import pictures
 from .backbones import PipelineBackbone, load_backbone
-from .config import ModelConfig
+from .config import ModelConfig, RunConfig, run_of
 from .errors import UserError
 from .evaluation import Embedder, Sampling, generate
 from .lora_files import load_lora, lora_settings, with_strength
@@ -36,6 +36,7 @@ class FewStepModel:
             model's name is its bundled 4-step student; None samples the base itself.
         steps, shift, solver: the few-step grid, and how it is walked: as the LoRA was trained.
         max_sequence_length: T5 tokens (the mini model knows its own).
+        t5: whether an SD3 loads T5.
         resolution: side of the pictures in px; the model's own if None.
         dtype: of the weights; ``auto`` is bfloat16 on a GPU, float32 elsewhere.
         offload: keep text encoders and autoencoder in main memory while nobody needs them.
@@ -50,6 +51,7 @@ class FewStepModel:
         shift: float = 3.0,
         solver: Solver = "euler",
         max_sequence_length: int = 256,
+        t5: bool = True,
         resolution: int | None = None,
         dtype: Literal["auto", "float32", "bfloat16"] = "auto",
         offload: bool = False,
@@ -71,6 +73,7 @@ class FewStepModel:
             resolution=resolution,
             decode_batch=4,  # 2 GiB each at 1024 px
             offload=offload,
+            t5=t5,
         )
         self.roles: Roles = lora_roles(self.backbone, settings, (Role.GENERATOR,))
         if folder:
@@ -87,21 +90,18 @@ class FewStepModel:
 
 def sample_command(command: Sample) -> None:
     """`tdm-r1 sample`."""
-    lora = command.lora or (command.model if command.model in bundle.MODELS else None)
-    model = FewStepModel(
-        command.model,
-        lora,
-        steps=command.steps,
-        shift=command.shift,
-        solver=command.solver,
-        max_sequence_length=command.max_sequence_length,
-        resolution=command.resolution,
-        dtype=command.dtype,
-        offload=command.offload,
-    )
     prompts = [p.strip() for p in command.prompt.split("|") if p.strip()]
     if not prompts:
         raise UserError(f"--prompt = {command.prompt!r}: give at least one prompt")
+    if command.out.is_dir():
+        raise UserError(f"--out = {str(command.out)!r} is a folder: name a PNG in it")
+    trained = (run_of(with_strength(command.lora)[0]) if command.lora else None) or RunConfig()
+    as_trained = trained.model.model_dump(include={"max_sequence_length", "t5", "resolution"})
+    as_trained |= trained.sampler.model_dump(include={"steps", "shift", "solver"})
+    asked = {name: getattr(command, name) for name in as_trained if getattr(command, name) is not None}
+    path = command.model or trained.model.path
+    lora = command.lora or (path if path in bundle.MODELS else None)
+    model = FewStepModel(path, lora, **(as_trained | asked), dtype=command.dtype, offload=command.offload)
     images = model([p for p in prompts for _ in range(command.images)], seed=command.seed)
     if len(images) == 1:
         picture = Image.fromarray(images[0])

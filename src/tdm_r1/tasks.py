@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -58,13 +59,16 @@ def read_prompts(path: Path, setting: str) -> list[Prompt]:
     Raises ValueError naming ``setting`` or the line, and what is wrong with it.
     """
     file = path if path.is_file() else _from_hub(path, setting)
+    try:
+        text = file.read_text(encoding="utf-8-sig")  # spreadsheets and Notepad put a mark before it
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{setting} = {str(path)!r} is no text in UTF-8 ({error.reason}): save it as UTF-8") from error
     if file.suffix in (".csv", ".tsv"):
-        with file.open(newline="") as rows:
-            table = csv.DictReader(rows, delimiter="\t" if file.suffix == ".tsv" else ",")
-            prompts = [_of_row(row, number, path) for number, row in enumerate(table, start=2)]
+        table = csv.DictReader(io.StringIO(text), delimiter="\t" if file.suffix == ".tsv" else ",")
+        prompts = [_of_row(row, number, path) for number, row in enumerate(table, start=2)]
     else:
-        lines = [line for line in file.read_text().splitlines() if line.strip()]
-        prompts = [_parse(line, number, path) for number, line in enumerate(lines, start=1)]
+        lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+        prompts = [_parse(line, number, path) for number, line in lines]
     if not prompts:
         raise ValueError(f"{setting} = {str(path)!r} holds no prompts")
     return prompts
@@ -93,6 +97,8 @@ def _of_row(row: dict[str, Any], number: int, path: Path) -> Prompt:
     text = row.pop(column)
     if not text:
         raise ValueError(f"{path}:{number}: its prompt is empty")
+    if None in row:
+        raise ValueError(f"{path}:{number}: more columns than the header has; quote a prompt that holds a comma")
     return Prompt(text, row)
 
 
@@ -101,6 +107,9 @@ def _parse(line: str, number: int, path: Path) -> Prompt:
         return Prompt(line.strip())
     try:
         row = json.loads(line)
-        return Prompt(row.pop("prompt"), row)
+        text = row.pop("prompt")
     except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{path}:{number}: expected a JSON object with a 'prompt', got {line[:60]!r}") from error
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"{path}:{number}: prompt = {text!r} is no text")
+    return Prompt(text, row)

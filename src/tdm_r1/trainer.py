@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from peft import LoraConfig
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors import SafetensorError
 from torch import Tensor
 
 from . import pictures
@@ -26,7 +28,7 @@ from .algorithms.tdm import TDM, fake_roles
 from .algorithms.tdm_r1 import TDMR1
 from .backbones import PipelineBackbone, load_backbone
 from .checkpoint import load_state, save_state, write_text
-from .config import ModelConfig, RunConfig, TaskConfig, dump, load_recipe
+from .config import CONFIG_FILE, ModelConfig, RunConfig, TaskConfig, differences, dump, load_recipe
 from .errors import UserError
 from .evaluation import Embedder, Evaluation, Evaluator, Sampling, mean_of
 from .geneval_task import GenEvalTask
@@ -34,11 +36,13 @@ from .lora_files import load_lora
 from .mini import bundle
 from .randomness import numpy_rng, torch_rng
 from .rewards import Reward, Scorer, Scores, Watch
+from .rewards.registry import named
 from .rewards.scores import joined
 from .roles import PHI, Carried, Role, Roles, full_roles, lora_roles
 from .tasks import Prompt, PromptFileTask, Task
 
 KEPT_CHECKPOINTS = 2
+LOG = "metrics.jsonl"
 
 
 def own_roles(config: RunConfig) -> tuple[Role, ...]:
@@ -139,16 +143,18 @@ class Run:
 
     Args:
         config: the run's settings (`config.load_recipe`).
-        reward: a function in place of ``config.reward``, for notebooks; the saved configuration cannot name it.
+        reward: a function in place of ``config.reward``, for notebooks. The saved configuration cannot load it: who
+            goes on with the run has to give it again.
         console: where progress goes.
 
     Raises ValueError or UserError on settings that do not fit, before any weights are read.
     """
 
     def __init__(self, config: RunConfig, *, reward: Reward | None = None, console: Console | None = None) -> None:
-        self.config = config
+        self.config = config = config.override({"reward": named(reward)}) if reward else config
         self.console = console or Console()
-        self.folder = config.output / config.name
+        self.folder = config.folder
+        self.by_function = reward is not None
         self.task = load_task(config.task)
         self.scorer = Scorer(config.reward, config.scoring, reward=reward)
         self.watch = Watch()
@@ -244,17 +250,33 @@ class Run:
         Args:
             first: the evaluation of the start, where it has been made already.
         """
-        self.open(resume=resume)
-        evaluator = self.evaluator()
-        with self._nothing_lost():
-            last = self._train(evaluator, self._report(first or evaluator(self.few_step())) if self._due() else None)
-        self.save()
-        if self.iteration < self.config.iterations:
-            self.console.print(
-                f"Stopped after iteration {self.iteration}, saved. Go on with: tdm-r1 train {self.folder} --resume"
-            )
-        self.export(self.folder)
+        with self._alone():
+            self.open(resume=resume)
+            evaluator = self.evaluator()
+            with self._nothing_lost():
+                start = self._report(first or evaluator(self.few_step())) if self._due() else None
+                last = self._train(evaluator, start)
+            self.save()
+            if self.iteration < self.config.iterations:
+                self.console.print(f"Stopped after iteration {self.iteration}, saved. {self._going_on()}", markup=False)
+            self.export(self.folder)
         return last
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keeps other processes out of the run's folder. Raises UserError if one is there."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = FileLock(self.folder / ".lock").acquire(timeout=0)
+        except Timeout as error:
+            raise UserError(f"{self.folder} is in use by another process: wait, or give another --name") from error
+        with lock:
+            yield
+
+    def _going_on(self) -> str:
+        if self.by_function:
+            return f"Go on with: Run(load_recipe({str(self.folder)!r}), reward=...).fit(resume=True)"
+        return f"Go on with: tdm-r1 train {self.folder} --resume"
 
     def _due(self) -> bool:
         """Whether the model as it is wants an evaluation that the log does not hold yet: at the start, every so often,
@@ -271,9 +293,8 @@ class Run:
                 metrics = self.step()
                 self.seconds += time.perf_counter() - start
                 self._log(metrics)
-                shown = {k: metrics[k] for k in ("reward/mean", "fake/loss") if k in metrics}
-                text = "  ".join(f"{k} {v:.3f}" for k, v in shown.items())
-                progress.update(bar, completed=self.iteration, shown=text)
+                shown = "reward/mean" if "reward/mean" in metrics else "fake/loss"  # both would cut the ETA off
+                progress.update(bar, completed=self.iteration, shown=f"{shown} {metrics[shown]:.3f}")
                 due = self._due()
                 if due or self.iteration % self.config.save_every == 0:
                     self.save()  # before an evaluation, which may break
@@ -288,10 +309,11 @@ class Run:
         try:
             yield
         except UserError as error:
+            if not self.iteration:
+                raise  # nothing to save
             self.save()
             raise UserError(
-                f"{error}. Saved after iteration {self.iteration}; once mended, go on with: "
-                f"tdm-r1 train {self.folder} --resume"
+                f"{error}. Saved after iteration {self.iteration}; mend it first. {self._going_on()}"
             ) from error
         finally:
             self.scorer.close()
@@ -354,35 +376,57 @@ class Run:
 
     def open(self, *, resume: bool = False) -> None:
         """Starts the run's folder, or goes on from its last checkpoint. Raises UserError where that cannot be."""
-        checkpoints = self.checkpoints()
+        require_startable(self.folder, resume=resume)
         if resume:
-            if not checkpoints:
-                raise UserError(f"--resume: {self.folder} holds no checkpoint; start it without --resume")
-            self.load(checkpoints[-1])
+            self._load_last()
+            self._tell_changes()
+        else:
+            (self.folder / LOG).unlink(missing_ok=True)  # of a run that ended before anything was saved
+        write_text(self.folder / CONFIG_FILE, dump(self.config))
+        if resume:
             return
-        if (self.folder / "metrics.jsonl").exists():
-            raise UserError(
-                f"{self.folder} already holds a run: go on with --resume, or give another --name or --output"
-            )
-        write_text(self.folder / "config.yaml", dump(self.config))
         names = ("tdm-r1", "torch", "diffusers", "transformers", "peft", "accelerate", "numpy")
         versions = {"python": platform.python_version()} | {n: metadata.version(n) for n in names}
         write_text(self.folder / "versions.json", json.dumps(versions, indent=2))
+
+    def _load_last(self) -> None:
+        """Goes on from the last checkpoint that can be read."""
+        for path in reversed(self.checkpoints()):
+            try:
+                self.load(path)
+                return
+            except SafetensorError as error:
+                self.console.print(f"{path} is damaged ({error}): trying the one before", style="yellow", markup=False)
+        raise UserError(f"--resume: no checkpoint in {self.folder / 'checkpoints'} can be read; start another run")
+
+    def _tell_changes(self) -> None:
+        """Shows what is not as it was when the run was started."""
+        try:
+            before = load_recipe(str(self.folder))
+        except UserError:
+            return  # of another version, or gone
+        for name, old, new in differences(before, self.config):
+            self.console.print(f"{name} = {new!r} from here on ({old!r} before)", markup=False)
 
     def _log(self, metrics: dict[str, float]) -> None:
         row = {"iteration": self.iteration, "seconds": round(self.seconds, 2), "scored": self.scored} | {
             k: round(v, 6) for k, v in metrics.items()
         }
-        with (self.folder / "metrics.jsonl").open("a") as file:
+        with (self.folder / LOG).open("a") as file:
             file.write(json.dumps(row) + "\n")
 
     def _history(self) -> list[dict[str, float]]:
-        path = self.folder / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        path = self.folder / LOG
+        lines = path.read_text().splitlines() if path.exists() else []
+        rows = [json.loads(line) for line in lines[:-1]]
+        try:
+            return rows + [json.loads(line) for line in lines[-1:]]
+        except json.JSONDecodeError:
+            return rows  # its last line was being written when the disk was full or the machine went down
 
     def checkpoints(self) -> list[Path]:
         """The run's checkpoints, oldest first."""
-        return sorted((self.folder / "checkpoints").glob("iteration_*.safetensors"))
+        return checkpoints_of(self.folder)
 
     def save(self) -> None:
         """Writes a checkpoint that `load` goes on from exactly, and drops old ones."""
@@ -406,7 +450,7 @@ class Run:
             self.roles.load(role, state["roles"][str(role)])
         self.algorithm.load_state(state["algorithm"])
         rows = [json.dumps(row) for row in self._history() if row["iteration"] <= self.iteration]
-        write_text(self.folder / "metrics.jsonl", "".join(row + "\n" for row in rows))
+        write_text(self.folder / LOG, "".join(row + "\n" for row in rows))
 
     def export(self, folder: Path) -> None:
         """Writes the generator for plain diffusers: as a LoRA, with the fake score's for a later run beside it (of two,
@@ -418,8 +462,23 @@ class Run:
             self.backbone.save_lora(folder / name, *self.roles.exported(role, self.lora))
 
 
+def checkpoints_of(folder: Path) -> list[Path]:
+    """A run's checkpoints, oldest first."""
+    return sorted((folder / "checkpoints").glob("iteration_*.safetensors"))
+
+
+def require_startable(folder: Path, *, resume: bool) -> None:
+    """Raises UserError if a run cannot be started in the folder or, with ``resume``, cannot be gone on with."""
+    saved = checkpoints_of(folder)
+    if resume and not saved:
+        raise UserError(f"--resume: {folder} holds no checkpoint; start it without --resume")
+    if not resume and (saved or any((folder / made).exists() for made in ("lora", "transformer"))):
+        raise UserError(f"{folder} already holds a run: go on with --resume, or give another --name or --output")
+
+
 def train(config: RunConfig, *, resume: bool = False, console: Console | None = None) -> Evaluation | None:
     """`Run.fit`, after the distillation that makes the run's start, where the configuration names one."""
+    require_startable(config.folder, resume=resume)  # before weights are read
     return Run(with_student(config, console), console=console).fit(resume=resume)
 
 
@@ -428,7 +487,7 @@ def distillation(config: RunConfig) -> RunConfig:
 
     Raises UserError if that recipe distils nothing.
     """
-    settings = {"output": config.output / config.name, "name": "distill", "seed": config.seed}
+    settings = {"output": config.folder, "name": "distill", "seed": config.seed}
     settings |= {"model": config.model.model_dump() | {"teacher": None, "student_lora_scale": None, "fake_lora": None}}
     settings |= {"sampler": config.sampler.model_dump(), "batch.micro_batch": config.batch.micro_batch}
     recipe = load_recipe(str(config.distill_with)).override(settings)
@@ -445,7 +504,7 @@ def with_student(config: RunConfig, console: Console | None = None) -> RunConfig
     if config.distill_with is None or config.model.student_lora:
         return config
     recipe = distillation(config)
-    folder = recipe.output / recipe.name
+    folder = recipe.folder
     if not (folder / "lora").exists():
         load_task(config.task)  # what is wrong with the run itself is better said now than after a distillation
         Scorer(config.reward, config.scoring).close()

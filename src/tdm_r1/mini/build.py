@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from pydantic import BaseModel, ConfigDict
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -19,6 +20,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..checkpoint import write_text
+from ..config import CONFIG_FILE
 from ..errors import UserError
 from ..randomness import numpy_rng
 from . import autoencoder, bundle, features, pretrain, signs, text
@@ -59,9 +62,13 @@ def preset(name: str) -> MiniConfig:
 
 
 def build(config: MiniConfig) -> Path:
-    """Runs whatever stage is missing and writes the pipeline folder; returns its path."""
+    """Runs whatever stage is missing and writes the pipeline folder; returns its path.
+
+    Raises UserError if the working folder is of another model: its pictures would go with this one's captions.
+    """
     if config.start and not (config.start / "model_index.json").is_file():
         raise UserError(f"start = {str(config.start)!r} is no pipeline folder: give what `tdm-r1 mini path` prints")
+    _same_model(config)
     made = config.work if config.new_pictures or not config.start else config.start  # autoencoder, metrics' network
     vae = _autoencoder(config, made / "vae")
     net = made / "features.safetensors"
@@ -93,6 +100,19 @@ def build(config: MiniConfig) -> Path:
     assemble(config.out, vae, tokenizer, model, ema)
     (config.out / "features.safetensors").write_bytes(net.read_bytes())
     return config.out
+
+
+def _same_model(config: MiniConfig) -> None:
+    """Keeps the settings in the working folder, and refuses it if they are others than those it was begun with."""
+    free: Any = {"work": True, "out": True, "bf16": True, "compiled": True, "base": {"steps", "save_every"}}
+    file, wanted = config.work / CONFIG_FILE, config.model_dump(mode="json", exclude=free)
+    begun = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else wanted
+    if other := [name for name in wanted | begun if wanted.get(name) != begun.get(name)]:
+        raise UserError(
+            f"work = {str(config.work)!r} holds a model that was begun with another {', '.join(other)} "
+            f"({CONFIG_FILE} there): give another --work and --out, or delete it"
+        )
+    write_text(file, yaml.safe_dump(wanted, sort_keys=False))
 
 
 def _autoencoder(config: MiniConfig, folder: Path) -> AutoencoderTiny:

@@ -31,12 +31,16 @@ BASE_GUIDANCE = 2.0  # its guidance: the one that the student was distilled with
 
 def fresh_run(recipe: str, seed: int, output: Path, purpose: str) -> RunConfig:
     """The recipe with its seed, in a folder of ``output`` that does not exist yet."""
-    first = name = f"{purpose}_{recipe}_seed{seed}"
+    first = name = run_name(recipe, seed, purpose)
     number = 2
     while (output / name).exists():
         name = f"{first}_{number}"
         number += 1
     return load_recipe(recipe).override({"seed": seed, "output": output, "name": name})
+
+
+def run_name(recipe: str, seed: int, purpose: str) -> str:
+    return f"{purpose}_{Path(recipe).stem}_seed{seed}"
 
 
 def reinforce(config: RunConfig, console: Console) -> dict:
@@ -48,6 +52,9 @@ def reinforce(config: RunConfig, console: Console) -> dict:
     before = evaluator(run.few_step())
     start = time.perf_counter()
     after = run.fit(first=before)
+    if run.iteration < config.iterations:
+        console.print("Measuring what there is ...")
+        after = evaluator(run.few_step())
     assert after is not None  # a fresh run evaluates at its end
     record = {
         "seed": config.seed,
@@ -84,7 +91,10 @@ def before_after(base: Evaluation, before: Evaluation, after: Evaluation, images
 
 def table(record: Mapping) -> Table:
     """The before/after table for a terminal."""
-    title = f"seed {record['seed']}: {record['reward_evaluations']:,} scored images, {record['minutes']} minutes"
+    title = (
+        f"seed {record['seed']}: {record['iterations']} iterations, {record['reward_evaluations']:,} scored images, "
+        f"{record['minutes']} minutes"
+    )
     out = Table(title=title)
     for column in ("metric", "base, 20 steps", "4 steps, before", "4 steps, after", "better is"):
         out.add_column(
@@ -170,13 +180,13 @@ def completed_run(
     Raises UserError if it is interrupted.
     """
     config = fresh_run(recipe, seed, output, purpose).override(changes or {})
-    folder = finished_run(config, f"{purpose}_{recipe}_seed{seed}")
+    folder = finished_run(config, run_name(recipe, seed, purpose))
     if folder is not None:
         console.print(f"{folder} has run already with these settings: its figures are taken")
         return folder
     if reinforce(config, console)["iterations"] < config.iterations:
         raise UserError("interrupted, and no figures are filed; the same command takes up what had come to its end")
-    return config.output / config.name
+    return config.folder
 
 
 def finished_run(wanted: RunConfig, name: str) -> Path | None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +23,7 @@ from ..tasks import Prompt, PromptFileTask
 from .http import TOKEN, RewardServer
 from .registry import BUILT_IN, Entry, load_reward
 from .scorer import Scorer, ScoringConfig, parse
-from .scores import Scores, joined, same_size
+from .scores import Scores, joined, missing, same_size
 from .workers import Workers
 
 SERVED_AT_ONCE = 1024  # pictures that a served reward gets in one call; a client sends them in chunks of its own
@@ -31,18 +34,31 @@ def list_rewards(console: Console) -> None:
     """Prints what rewards there are, and whether each works here as things are installed."""
     table = Table(title="Rewards")
     table.add_column("name", no_wrap=True)
-    for title in ("what it scores", "state here", "licence"):
+    for title in ("what it scores", "needs", "state here", "licence"):
         table.add_column(title, overflow="fold")
     for name, entry in BUILT_IN.items():
-        table.add_row(name, entry.summary, escape(state_of(entry)), entry.licence)
+        table.add_row(name, entry.summary, escape(needs_of(entry)), escape(state_of(entry)), entry.licence)
     console.print(table)
     console.print("Also: your own as my_rewards.py:function, a scoring server's URL, and sums: 'ocr + 0.5*mini'.")
+    console.print("HPSv3 and DeQA-Score run behind a server, in environments of their own: scorers/README.md.")
+
+
+def needs_of(entry: Entry) -> str:
+    """What a reward needs beside the core: an extra, weights from the hub, variables."""
+    return ", ".join(
+        [*([f"[{entry.extra}]"] if entry.extra else []), *(["hub"] if entry.weights else []), *entry.environment]
+    )
 
 
 def state_of(entry: Entry) -> str:
     """Whether a reward works here: ready, or what is missing and how to get it."""
     if lacking := entry.lacking():
         return f"lacks {', '.join(lacking)}: pip install 'tdm-r1[{entry.extra}]'"
+    for module in entry.modules:
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # a broken installation may raise anything
+            return f"{module} cannot be imported: {error}"
     if unset := [name for name in entry.environment if name not in os.environ]:
         return f"installed; set {', '.join(unset)}"
     if absent := [w for w in entry.weights if not is_cached(w)]:
@@ -51,20 +67,21 @@ def state_of(entry: Entry) -> str:
 
 
 def is_cached(weights: str) -> bool:
-    """Whether ``OWNER/NAME:FILE``, or weights of any name of a hub repository, lie in the local cache."""
+    """Whether ``OWNER/NAME:FILE``, or a hub repository's weights in transformers' format, lie in the local cache."""
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
     repository, _, file = weights.partition(":")
     folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository, repo_type="model") / "snapshots"
-    names = [file] if file else ["*.safetensors", "*.bin", "*.pt", "*.pth"]
+    names = [file] if file else ["model*.safetensors", "pytorch_model*.bin"]  # as transformers looks for them
     return any(any(folder.glob(f"*/{name}")) for name in names)
 
 
 def score_folder(
     reward: str, images: Path, prompts: Path | None, out: Path | None, config: ScoringConfig, console: Console
 ) -> Scores:
-    """Scores a folder's pictures, prints a summary, and writes one JSON line a picture to ``out``.
+    """Scores a folder's pictures, prints a summary, and writes one JSON line a picture to ``out``: as they come to
+    ``out.partial``, which stays behind where scoring is broken off. A picture that cannot be read has no score.
 
     Raises UserError or ValueError on a folder without pictures, prompts that do not go with them, or none where the
     reward wants some.
@@ -79,31 +96,62 @@ def score_folder(
     try:
         step = config.chunk * max(config.workers, 1)  # a chunk for every worker
         batches = [slice(start, start + step) for start in range(0, len(files), step)]
-        for batch in track(batches, "scoring", console=console, transient=True):
-            pictures, texts = [_read(f) for f in files[batch]], wanted[batch]
-            chunks += [scorer(np.stack(pictures[s]), texts[s]) for s in same_size(pictures)]
+        with _lines(out) as write:
+            for batch in track(batches, "scoring", console=console, transient=True):
+                chunks.append(_score(scorer, files[batch], wanted[batch]))
+                for i, (file, prompt) in enumerate(zip(files[batch], wanted[batch], strict=True)):
+                    write(_line(chunks[-1], i, file.relative_to(images), prompt))
     finally:
         scorer.close()
     scores = joined(chunks)
-    if out:
-        from ..checkpoint import write_text  # torch comes with it
-
-        lines = (
-            _line(scores, i, file.relative_to(images), p) for i, (file, p) in enumerate(zip(files, wanted, strict=True))
-        )
-        write_text(out, "".join(lines))
-    _summary(scores, reward, console)
+    _summary(scores, reward, [str(p.metadata.get("tag", "")) for p in wanted], console)
     return scores
 
 
+@contextmanager
+def _lines(out: Path | None) -> Iterator[Callable[[str], object]]:
+    """Yields what writes a line to ``out``, which appears whole or not at all."""
+    if out is None:
+        yield lambda line: None
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f"{out.name}.partial")
+    with partial.open("w", encoding="utf-8", buffering=1) as file:
+        yield file.write
+    os.replace(partial, out)
+
+
+def _score(scorer: Scorer, files: Sequence[Path], prompts: Sequence[Prompt]) -> Scores:
+    """Scores of pictures of any size."""
+    read = [_read(file) for file in files]
+    pictures = [np.empty(0) if isinstance(picture, str) else picture for picture in read]
+    chunks = []
+    for s in same_size(pictures):
+        if pictures[s][0].size:
+            chunks.append(scorer(np.stack(pictures[s]), prompts[s]))
+        else:
+            chunks += [missing(1, str(why)) for why in read[s]]
+    return joined(chunks)
+
+
 def picture_files(folder: Path) -> list[Path]:
-    """A folder's pictures by name; those of GenEval's layout (``00000/samples/0000.png``) too."""
+    """A folder's pictures by name, 2.png before 10.png; those of GenEval's layout (``00000/samples/0000.png``) too."""
     if not folder.is_dir():
         raise UserError(f"images = {str(folder)!r}: no such folder")
-    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in PICTURES)
+    found = [f for f in folder.rglob("*") if f.suffix.lower() in PICTURES and not _is_overview(f)]
+    files = sorted(found, key=lambda file: _natural(file.relative_to(folder).as_posix()))
     if not files:
         raise UserError(f"images = {str(folder)!r} holds no pictures ({', '.join(PICTURES)})")
     return files
+
+
+def _is_overview(file: Path) -> bool:
+    """Whether it is the grid of samples that GenEval's generator writes beside them."""
+    return (file.parent / "metadata.jsonl").is_file() and (file.parent / "samples").is_dir()
+
+
+def _natural(name: str) -> list[str | int]:
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def prompts_of(folder: Path, files: Sequence[Path], path: Path | None) -> list[Prompt] | None:
@@ -157,12 +205,13 @@ def _require_blind(reward: str) -> None:
         raise UserError(f"reward = {seeing[0]!r} looks at prompts: give --prompts, a file with one for each picture")
 
 
-def _read(file: Path) -> np.ndarray:
+def _read(file: Path) -> np.ndarray | str:
+    """A picture, or why there is none."""
     try:
         with Image.open(file) as image:
             return np.asarray(image.convert("RGB"))
-    except (OSError, UnidentifiedImageError) as error:
-        raise UserError(f"{str(file)!r} cannot be read as a picture: {error}") from error
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        return f"{str(file)!r} cannot be read as a picture: {error}"
 
 
 def _line(scores: Scores, i: int, file: Path, prompt: Prompt) -> str:
@@ -174,17 +223,30 @@ def _line(scores: Scores, i: int, file: Path, prompt: Prompt) -> str:
     return json.dumps(row) + "\n"
 
 
-def _summary(scores: Scores, name: str, console: Console) -> None:
+def _summary(scores: Scores, name: str, tags: list[str], console: Console) -> None:
+    """A table; where prompts come in families (GenEval's tags) with each one's mean and the mean of these, which is the
+    benchmark's figure."""
+    families = [tag for tag in dict.fromkeys(tags) if tag]
     table = Table(title=f"{len(scores)} pictures")
     for title in ("", "mean", "deviation", "least", "most", "missing"):
         table.add_column(title, justify="right" if title else "left")
     for label, column in ({name: scores.values} | dict(scores.parts)).items():
-        known = column[~np.isnan(column)]
-        cells = [f"{f(known):.4g}" if len(known) else "" for f in (np.mean, np.std, np.min, np.max)]
-        table.add_row(label, *cells, str(len(column) - len(known)))
+        _add(table, label, column)
+        of = [column[np.array(tags) == tag] for tag in families]
+        for tag, part in zip(families, of, strict=True):
+            _add(table, f"  {tag}", part)
+        means = [part[~np.isnan(part)].mean() for part in of if not np.isnan(part).all()]
+        if means:
+            table.add_row(f"  mean of {len(means)} families", f"{np.mean(means):.4g}")
     console.print(table)
     for why in scores.failures:
         console.print(why, style="yellow", markup=False)
+
+
+def _add(table: Table, label: str, column: np.ndarray) -> None:
+    known = column[~np.isnan(column)]
+    cells = [f"{f(known):.4g}" if len(known) else "" for f in (np.mean, np.std, np.min, np.max)]
+    table.add_row(label, *cells, str(len(column) - len(known)))
 
 
 def serve(name: str, host: str, port: int, timeout: float, console: Console) -> None:

@@ -109,7 +109,7 @@ class RewardServer(ThreadingHTTPServer):
 
     Args:
         name: what `GET /health` answers.
-        host: loopback by default. Raises UserError if bound elsewhere without a token.
+        host: loopback by default. Raises UserError if bound elsewhere without a token, or if it cannot be listened on.
         port: 0 takes a free one; see ``url``.
         token: what requests have to carry as ``Authorization: Bearer TOKEN``.
         max_request: bytes.
@@ -127,9 +127,12 @@ class RewardServer(ThreadingHTTPServer):
         token: str | None = None,
         max_request: int = MAX_REQUEST,
     ) -> None:
-        if not token and not _is_loopback(host):
+        if not token and not is_loopback(host):
             raise UserError(f"--host {host} is open to others: set the environment variable {TOKEN} on both sides")
-        super().__init__((host, port), _Handler)
+        try:
+            super().__init__((host, port), _Handler)
+        except OSError as error:
+            raise UserError(f"cannot listen on {host}:{port}: {error.strerror}; give another --port") from error
         self.name, self.reward, self.token, self.max_request = name, reward, token, max_request
         self.turn = threading.Lock()
         self.places = threading.BoundedSemaphore(MAX_WAITING)
@@ -145,7 +148,8 @@ class RewardServer(ThreadingHTTPServer):
         return f"http://{host!s}:{port}"
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether the host is this machine."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -157,29 +161,29 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = 60  # seconds without a byte from a client
 
     def do_GET(self) -> None:
-        if not self._allowed():
+        if not self._allowed(0):
             return
         if self.path == "/health":
             self._answer(200, {"reward": self.server.name})
         else:
-            self._answer(404, {"error": f"no {self.path}: there are POST /score and GET /health"})
+            self._refuse(404, f"no {self.path}: there are POST /score and GET /health", 0)
 
     def do_POST(self) -> None:
-        if not self._allowed():
+        given = self.headers.get("Content-Length", "")
+        length, limit = int(given) if given.isdigit() else 0, self.server.max_request
+        if not self._allowed(length):
             return
-        length = self.headers.get("Content-Length", "")
         if self.path != "/score":
-            self._answer(404, {"error": f"no {self.path}: there are POST /score and GET /health"})
-        elif not length.isdigit():
-            self._answer(411, {"error": "give a Content-Length"})
-        elif int(length) > self.server.max_request:
-            limit = self.server.max_request
-            self._answer(413, {"error": f"{length} bytes are over the limit of {limit}: send fewer pictures at once"})
+            self._refuse(404, f"no {self.path}: there are POST /score and GET /health", length)
+        elif not given.isdigit():
+            self._refuse(411, "give a Content-Length", 0)
+        elif length > limit:
+            self._refuse(413, f"{length} bytes are over the limit of {limit}: send fewer pictures at once", length)
         elif not self.server.places.acquire(blocking=False):
-            self._answer(503, {"error": f"{MAX_WAITING} requests are waiting already: the reward is too slow for them"})
+            self._refuse(503, f"{MAX_WAITING} requests are waiting already: the reward is too slow for them", length)
         else:
             try:
-                self._score(self.rfile.read(int(length)))
+                self._score(self.rfile.read(length))
             finally:
                 self.server.places.release()
 
@@ -194,17 +198,24 @@ class _Handler(BaseHTTPRequestHandler):
                     ]
                 )
         except (ValueError, UserError) as error:
-            self._answer(422, {"error": str(error)})
+            self._refuse(422, str(error), 0)
             return
         parts = {name: _numbers(column) for name, column in scores.parts.items()}
         self._answer(200, {"scores": _numbers(scores.values), "parts": parts, "failures": scores.failures})
 
-    def _allowed(self) -> bool:
+    def _allowed(self, length: int) -> bool:
         token, given = self.server.token, self.headers.get("Authorization", "")
         if not token or hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
             return True
-        self._answer(401, {"error": f"wrong or no token: set {TOKEN} to the server's"})
+        self._refuse(401, f"wrong or no token: set {TOKEN} to the server's", length)
         return False
+
+    def _refuse(self, status: int, why: str, unread: int) -> None:
+        """Answers with an error, after a body of ``unread`` bytes: a client that still sends would not hear it."""
+        left = min(unread, 4 * self.server.max_request)
+        while left > 0 and (block := self.rfile.read(min(left, 2**16))):
+            left -= len(block)
+        self._answer(status, {"error": why})
 
     def _answer(self, status: int, content: dict[str, Any]) -> None:
         body = json.dumps(content).encode()
@@ -212,7 +223,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         if status != 200:
-            self.close_connection = True  # the rest of a refused request is not read
+            self.close_connection = True
             self.send_header("Connection", "close")
         self.end_headers()
         self.wfile.write(body)
@@ -237,7 +248,7 @@ class RemoteReward:
 
     def __init__(self, url: str, *, timeout: float, chunk: int, connections: int = 2) -> None:
         self.url, self.timeout, self.chunk, self.connections = url.rstrip("/"), timeout, chunk, connections
-        loopback = _is_loopback(urllib.parse.urlsplit(self.url).hostname or "")
+        loopback = is_loopback(urllib.parse.urlsplit(self.url).hostname or "")
         proxies = urllib.request.ProxyHandler({} if loopback else None)  # a proxy has no business with this machine
         self._opener = urllib.request.build_opener(proxies)
         self._pool = ThreadPoolExecutor(connections)

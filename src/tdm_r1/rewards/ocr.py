@@ -84,11 +84,12 @@ class OCRReward:
         return Scores(values, {"exact": np.array([float(r == t) for r, t in zip(read, targets, strict=True)])})
 
 
-def rapidocr(*, detect: bool = True) -> Engine:
+def rapidocr(*, detect: bool = True, turn: bool = True) -> Engine:
     """RapidOCR 3.x with the detection and recognition models of its wheel, on the CPU.
 
     Args:
         detect: find lines of text first; False takes the whole picture as one line, many times faster.
+        turn: turn lines that stand on their heads, where lines are found.
     """
     from rapidocr import RapidOCR
 
@@ -100,7 +101,7 @@ def rapidocr(*, detect: bool = True) -> Engine:
 
     def read(image: np.ndarray) -> Sequence[str]:
         bgr = np.ascontiguousarray(_enlarged(image)[..., ::-1])  # it takes arrays as BGR
-        result: Any = reader(bgr, use_det=detect, use_cls=detect, use_rec=True)
+        result: Any = reader(bgr, use_det=detect, use_cls=detect and turn, use_rec=True)
         return result.txts or ()
 
     return read

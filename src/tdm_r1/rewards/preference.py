@@ -54,7 +54,7 @@ class HPSv2:
     """
 
     def __init__(self, version: Literal["2", "2.1"], model: str = VIT_H, checkpoint: Path | None = None) -> None:
-        self.clip = Clip(model, letterbox=True)  # as the original prepares its pictures
+        self.clip = Clip(model, letterbox=True)  # as the original has it, but for scaling tensors
         path = checkpoint or Path(hf_hub_download(HPS, f"HPS_v{version}_compressed.pt"))
         self.clip.model.load_state_dict(to_transformers(plain_tensors(path)), strict=True)
 

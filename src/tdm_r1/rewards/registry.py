@@ -10,6 +10,8 @@ from pathlib import Path
 
 from .scores import Reward
 
+GIVEN = "python:"  # before the name of a function that a run was given, in its saved settings
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -20,7 +22,7 @@ class Entry:
         make: makes it; imports what it needs.
         extra: the extra of ``pip install 'tdm-r1[...]'`` that it needs.
         modules: what that extra has to bring.
-        weights: what is downloaded on first use: hub ids, or ``OWNER/NAME:FILE``.
+        weights: what is downloaded on first use: hub ids, or ``OWNER/NAME:FILE`` for a file of it alone.
         environment: variables that have to be set.
         blind: whether it scores pictures without looking at their prompts.
         licence: of weights or of the engine, as far as its authors state one.
@@ -59,9 +61,9 @@ def _ocr_line() -> Reward:
 
 
 def _ocr_flow_grpo() -> Reward:
-    from .ocr import OCRReward, flow_grpo_fidelity
+    from .ocr import OCRReward, flow_grpo_fidelity, rapidocr
 
-    return OCRReward(flow_grpo_fidelity)
+    return OCRReward(flow_grpo_fidelity, rapidocr(turn=False))
 
 
 def _geneval() -> Reward:
@@ -161,13 +163,13 @@ BUILT_IN: dict[str, Entry] = {
     "pickscore": Entry(
         "PickScore v1, about 20 to 23.",
         _pickscore,
-        weights=("yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),
+        weights=("yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K:preprocessor_config.json"),
         licence="see the model's card",
     ),
     "imagereward": Entry(
         "ImageReward v1.0, about -2 to 2.",
         _image_reward,
-        weights=("THUDM/ImageReward", "google-bert/bert-base-uncased"),
+        weights=("THUDM/ImageReward:ImageReward.pt", "google-bert/bert-base-uncased:tokenizer.json"),
         licence="Apache-2.0",
     ),
     "vlm": Entry(
@@ -189,7 +191,7 @@ BUILT_IN: dict[str, Entry] = {
     "aesthetic": Entry(
         "LAION's aesthetic predictor, about 1 to 10, blind to the prompt.",
         _aesthetic,
-        weights=("openai/clip-vit-large-patch14", "trl-lib/ddpo-aesthetic-predictor"),
+        weights=("openai/clip-vit-large-patch14", "trl-lib/ddpo-aesthetic-predictor:aesthetic-model.pth"),
         blind=True,
         licence="MIT (CLIP); see the head's card",
     ),
@@ -206,6 +208,11 @@ BUILT_IN: dict[str, Entry] = {
 }
 
 
+def named(reward: Reward) -> str:
+    """What a run's settings call a function that it was given."""
+    return f"{GIVEN}{getattr(reward, '__qualname__', type(reward).__qualname__)}"
+
+
 def load_reward(name: str) -> Reward:
     """A reward by name, or a user's own as ``path/to/file.py:function``. Raises ValueError on anything else."""
     if name in BUILT_IN:
@@ -216,6 +223,11 @@ def load_reward(name: str) -> Reward:
                 f"pip install 'tdm-r1[{entry.extra}]'"
             )
         return entry.make()
+    if name.startswith(GIVEN):
+        raise ValueError(
+            f"reward = {name!r} is a function that the run was given in Python: give it again as Run(..., reward=...), "
+            f"or put it into a file and name it as my_rewards.py:{name.removeprefix(GIVEN)}"
+        )
     path, colon, function = name.rpartition(":")
     if not colon or not path.endswith(".py"):
         known = ", ".join(BUILT_IN)
@@ -234,7 +246,12 @@ def _users_own(name: str, file: Path, function: str) -> Reward:
         raise ValueError(f"reward = {name!r}: {str(file)!r} cannot be imported")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    if (beside := str(file.parent.resolve())) not in sys.path:
+        sys.path.append(beside)  # it may import its neighbours
+    try:
+        spec.loader.exec_module(module)
+    except ImportError as error:
+        raise ValueError(f"reward = {name!r}: {str(file)!r} cannot be imported: {error}") from error
     reward = getattr(module, function, None)
     if not callable(reward):
         have = ", ".join(n for n in vars(module) if callable(getattr(module, n)) and not n.startswith("_"))

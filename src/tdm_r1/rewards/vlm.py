@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
+import urllib.parse
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-from openai import OpenAI, OpenAIError
+from openai import DefaultHttpxClient, OpenAI, OpenAIError
 
 from ..errors import UserError
-from .http import encode_image
+from .http import encode_image, is_loopback
 from .scores import Scores
 
 # Our words, in the form of UnifiedReward's point-wise scoring (arXiv 2503.05236): criteria, then one final score.
@@ -56,8 +58,10 @@ class VLMJudge:
         connections: int = 16,
         timeout: float = 60.0,
     ) -> None:
+        host = urllib.parse.urlsplit(base_url or os.environ.get("OPENAI_BASE_URL", "")).hostname
+        http = DefaultHttpxClient(trust_env=False) if is_loopback(host or "") else None  # no proxy to this machine
         try:
-            self.client = OpenAI(base_url=base_url, timeout=timeout, max_retries=2)
+            self.client = OpenAI(base_url=base_url, timeout=timeout, max_retries=2, http_client=http)
         except OpenAIError as error:
             raise UserError(
                 "the judge needs a key: set the environment variable OPENAI_API_KEY (any word, for a server of your "

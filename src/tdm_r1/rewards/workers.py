@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import BrokenExecutor, CancelledError
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -47,6 +49,27 @@ def _score(images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]
     return attempt(_here["reward"], images, prompts, metadata)
 
 
+@dataclass(frozen=True)
+class _Task:
+    """What a pool was asked to do."""
+
+    work: Callable
+    args: tuple
+    future: ProcessFuture
+    pool: ProcessPool
+
+
+class _Patience:
+    """How long all of a call's tasks together may take."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self._end = seconds, time.monotonic() + seconds
+
+    @property
+    def left(self) -> float:
+        return max(self._end - time.monotonic(), 0.0)
+
+
 class Workers:
     """A reward that scores in ``processes`` worker processes, in chunks whose order is kept. Threads may share it.
 
@@ -85,30 +108,30 @@ class Workers:
 
     def start(self) -> None:
         """Waits until a worker has loaded the reward. Raises UserError if it cannot be loaded."""
-        failed = self._result(*self._schedule(_ready), 0, self.load_timeout)
+        failed = self._result(self._schedule(_ready), 0, _Patience(self.load_timeout))
         if failed is not None and failed.failures:
             raise UserError(f"the reward could not be loaded: {failed.failures[0]}")
 
     def __call__(self, images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> Scores:
         spans = [slice(start, start + self.chunk) for start in range(0, len(images), self.chunk)]
         tasks = [self._schedule(_score, images[s], prompts[s], metadata[s]) for s in spans]
-        patience = self.load_timeout + self.timeout * len(spans)  # other chunks may come first
-        return joined([self._result(*task, len(images[s]), patience) for task, s in zip(tasks, spans, strict=True)])
+        patience = _Patience(self.load_timeout + self.timeout * len(spans))  # other chunks may come first
+        return joined([self._result(task, len(images[s]), patience) for task, s in zip(tasks, spans, strict=True)])
 
-    def _schedule(self, work: Callable, *args: Any) -> tuple[ProcessFuture, ProcessPool]:
+    def _schedule(self, work: Callable, *args: Any) -> _Task:
         timeout = self.timeout if args else None
         pool = self.pool
         try:
-            return pool.schedule(work, args=args, timeout=timeout), pool
+            return _Task(work, args, pool.schedule(work, args=args, timeout=timeout), pool)
         except RuntimeError:  # a worker died while it had nothing to do, and the pool gave up
             self._drop(pool)
             pool = self.pool
-            return pool.schedule(work, args=args, timeout=timeout), pool
+            return _Task(work, args, pool.schedule(work, args=args, timeout=timeout), pool)
 
-    def _result(self, future: ProcessFuture, pool: ProcessPool, n: int, patience: float) -> Any:
+    def _result(self, task: _Task, n: int, patience: _Patience, *, again: bool = True) -> Any:
         """What the task gave; missing scores of ``n`` samples where it failed."""
         try:
-            result = future.result(timeout=patience)
+            result = task.future.result(timeout=patience.left)
         except UserError:
             raise
         except NotLoadedError as error:
@@ -116,13 +139,16 @@ class Workers:
                 raise UserError(f"the reward could not be loaded: {error}") from error
             return missing(n, f"a new worker could not load the reward: {error}")
         except TimeoutError:
-            if future.done():
+            if task.future.done():
                 return missing(n, f"no score within {self.timeout:g} seconds: the worker was stopped")
-            self._drop(pool)
-            return missing(n, f"no worker was ready within {patience:g} seconds: they were stopped")
+            self._drop(task.pool)
+            return missing(n, f"no worker was ready within {patience.seconds:g} seconds: they were stopped")
         except ProcessExpired as error:
             return missing(n, f"the worker process died (exit code {error.exitcode})")
         except (BrokenExecutor, CancelledError):
+            if again:  # a worker that had nothing to do may have died a moment before
+                self._drop(task.pool)
+                return self._result(self._schedule(task.work, *task.args), n, patience, again=False)
             return missing(n, "the worker processes died before they had anything to score")
         self._begun = True
         return result

@@ -3,22 +3,15 @@
 Environment and use: scorers/README.md. Not run yet: see there.
 """
 
-from functools import lru_cache
-
+import torch
+from hpsv3 import HPSv3RewardInferencer
 from PIL import Image
 
-
-@lru_cache(maxsize=1)
-def _model():
-    from hpsv3 import HPSv3RewardInferencer
-
-    return HPSv3RewardInferencer(device="cuda")
+MODEL = HPSv3RewardInferencer(device="cuda")  # loaded with this file, before the server says that it serves
 
 
 def hpsv3(images, prompts, metadata):
     """Scores of pictures, uint8 [B, H, W, 3]."""
-    import torch
-
     with torch.no_grad():
-        rewards = _model().reward(prompts=prompts, image_paths=[Image.fromarray(image) for image in images])
+        rewards = MODEL.reward(prompts=prompts, image_paths=[Image.fromarray(image) for image in images])
     return [float(reward[0]) for reward in rewards]  # (mu, sigma) of each

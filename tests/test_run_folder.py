@@ -1,0 +1,204 @@
+"""What lies in a run's folder: who may write there, how a run goes on from it, and what is done with damage."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from filelock import FileLock
+from PIL import Image
+
+from reward_examples import brightness, here
+from tdm_r1 import cli
+from tdm_r1.config import RunConfig, differences, dump, load_recipe, run_of
+from tdm_r1.errors import UserError
+from tdm_r1.rewards import Scorer
+from tdm_r1.sampling import FewStepModel
+from tdm_r1.trainer import LOG, Run, checkpoints_of, train
+
+Make = Callable[..., RunConfig]
+
+
+def logged(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
+
+
+@pytest.fixture
+def finished(finished_run: Path, tmp_path: Path) -> Path:
+    """A finished run's folder of one's own: a copy is a run as well."""
+    return shutil.copytree(finished_run, tmp_path / "elsewhere" / "copy")
+
+
+def test_a_resumed_run_keeps_its_own_settings(finished: Path, tmp_path: Path, capsys):
+    """What was given when it was started need not be given again, and what is given now is kept in its turn."""
+    own = load_recipe(str(finished))
+    (tmp_path / "recipe.yaml").write_text(dump(own.override({"reward": here("brightness")})))
+    recipe = ["train", str(tmp_path / "recipe.yaml"), "--iterations", "2", "--resume"]
+    assert cli.main(recipe) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"keeps its own reward = {own.reward!r} (the recipe's is {here('brightness')!r})" in told
+    assert "iterations = 2 from here on (1 before)" in told
+    assert load_recipe(str(finished)) == own.override({"iterations": 2})
+    assert logged(finished)[-1]["iteration"] == 2
+    assert cli.main(["train", str(finished), "--resume"]) == 0
+    assert "from here on" not in capsys.readouterr().out
+
+
+def test_settings_that_differ_are_told_by_name():
+    config = load_recipe("mini").override({"task.weights": None})
+    other = config.override({"surrogate.beta": 7.0, "task.weights": {"counting": 1.0}, "name": "else"})
+    expected = [("surrogate.beta", config.surrogate.beta, 7.0), ("task.weights.counting", None, 1.0)]
+    assert differences(config, other) == expected
+
+
+def test_a_reward_given_in_python_is_asked_for_again(finished: Path, capsys):
+    """No other reward takes its place, whoever goes on with the run."""
+    config = load_recipe(str(finished))
+    Run(config, reward=brightness).fit(resume=True)
+    written = load_recipe(str(finished))
+    assert written.reward == "python:brightness"
+    with pytest.raises(ValueError, match=r"give it again as Run\(\.\.\., reward=\.\.\.\).*my_rewards.py:brightness"):
+        Scorer(written.reward, written.scoring)
+    assert cli.main(["train", str(finished), "--resume", "--iterations", "2"]) == 2
+    assert "is a function that the run was given in Python" in capsys.readouterr().err
+    Run(written, reward=brightness).open(resume=True)  # it may be gone on with so
+
+
+def test_a_run_that_saved_nothing_is_started_anew(tiny_config: Make, monkeypatch: pytest.MonkeyPatch):
+    """Out of memory in the first iteration, say: the same command, with a smaller micro-batch, is all it takes."""
+    config = tiny_config()
+
+    def breaks(self):
+        raise RuntimeError("CUDA out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "step", breaks)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            train(config)
+    assert len(logged(config.folder)) == 1  # the evaluation of the start
+    train(config.override({"batch.micro_batch": 6, "iterations": 1}))
+    assert [row["iteration"] for row in logged(config.folder)] == [0, 1, 1]
+
+
+def test_a_run_is_not_written_over(finished: Path):
+    config = load_recipe(str(finished))
+    with pytest.raises(UserError, match="already holds a run"):
+        train(config)
+    shutil.rmtree(finished / "checkpoints")
+    with pytest.raises(UserError, match="already holds a run"):  # its LoRA is there
+        train(config)
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        train(config, resume=True)
+
+
+def test_a_folder_that_was_copied_is_a_run_of_its_own(finished: Path, finished_run: Path, monkeypatch):
+    assert load_recipe(str(finished)).folder == finished != finished_run
+    before = (finished_run / LOG).read_text()
+    run = Run(load_recipe(str(finished)).override({"iterations": 2}))
+    run.open(resume=True)
+    run.save()
+    assert checkpoints_of(finished)
+    assert load_recipe(str(finished_run)).iterations == 1
+    assert (finished_run / LOG).read_text() == before
+    monkeypatch.chdir(finished.parent)
+    assert load_recipe("copy").folder == Path("copy")
+    monkeypatch.chdir(finished)
+    assert load_recipe(".").folder == finished
+
+
+def test_a_run_goes_on_behind_what_is_damaged(finished: Path, capsys):
+    """A checkpoint and a line that were being written when the disk was full."""
+    config = load_recipe(str(finished)).override({"iterations": 2})
+    run = Run(config)
+    run.open(resume=True)
+    run.step()
+    run.save()
+    newest = checkpoints_of(finished)[-1]
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    rows = logged(finished)
+    with (finished / LOG).open("a") as file:
+        file.write('{"iteration": 2, "sec')
+    again = Run(config)
+    again.open(resume=True)
+    assert "is damaged" in " ".join(capsys.readouterr().out.split())
+    assert again.iteration == 1
+    assert logged(finished) == rows
+    for old in checkpoints_of(finished):
+        old.write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"no checkpoint in .* can be read"):
+        Run(config).open(resume=True)
+
+
+def test_two_processes_do_not_share_a_folder(finished: Path):
+    run = Run(load_recipe(str(finished)))
+    with FileLock(finished / ".lock"), pytest.raises(UserError, match="in use by another process"):
+        run.fit(resume=True)
+    run.fit(resume=True)
+
+
+def test_what_a_run_left_is_sampled_as_it_was_trained(finished: Path, tmp_path: Path):
+    """Model, steps and solver are those of the run whose LoRA it is, unless others are asked for."""
+    config = load_recipe(str(finished))
+    config = config.override({"sampler.steps": 2, "sampler.solver": "dpm", "sampler.shift": 2.0})
+    (finished / "config.yaml").write_text(dump(config))
+    lora = finished / "lora"
+    assert run_of(lora) == config
+    assert run_of(tmp_path / "nowhere" / "lora") is None
+    sample = ["sample", "--lora", str(lora), "--prompt", "a red circle", "--images", "1"]
+    assert cli.main([*sample, "--out", str(tmp_path / "own.png")]) == 0
+    assert cli.main([*sample, "--steps", "3", "--out", str(tmp_path / "more.png")]) == 0
+    for steps, name in ((2, "own"), (3, "more")):
+        path = config.model.path
+        model = FewStepModel(path, lora, steps=steps, shift=2.0, solver="dpm", max_sequence_length=1)
+        expected = model(["a red circle"])[0]
+        np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / f"{name}.png")), expected)
+    assert cli.main([*sample, "--out", str(tmp_path)]) == 2
+
+
+def test_an_evaluation_keeps_out_of_a_runs_folder(finished: Path, capsys):
+    before = (finished / "config.yaml").read_text()
+    assert cli.main(["eval", "mini", "--lora", "mini", "--out", str(finished)]) == 2
+    assert "is a run's folder: name another" in capsys.readouterr().err
+    assert (finished / "config.yaml").read_text() == before
+
+
+def test_scores_and_pictures_are_not_taken_for_those_of_others(tiny_config: Make, random_model, tmp_path: Path, capsys):
+    """What is kept goes by the exact metric, prompts with what rewards know of them, and the weights that drew."""
+    model = tmp_path / "model"
+    shutil.copytree(random_model, model)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "a red circle", "target": 1}\n{"prompt": "a cross", "target": 2}\n')
+    mine = tmp_path / "mine.py"
+    mine.write_text("def target(images, prompts, metadata):\n    return [m['target'] for m in metadata]\n")
+    task = {"name": "prompts", "prompts": str(prompts)}
+    config = tiny_config(reward=f"{mine}:target", task=task, model={"path": str(model)}, evaluation={"prompts": 2})
+    (tmp_path / "recipe.yaml").write_text(dump(config))
+    arguments = ["eval", str(tmp_path / "recipe.yaml"), "--lora", "none", "--base-steps", "0"]
+    arguments += ["--out", str(tmp_path / "eval"), "--metrics"]
+
+    def means(*metrics: str) -> list[float]:
+        assert cli.main([*arguments, *metrics]) == 0
+        (found,) = json.loads((tmp_path / "eval" / "results.json").read_text())["models"]
+        return [found["scores"][name]["mean"] for name in (f"{mine}:target", *metrics)]
+
+    jpeg = "jpeg_compressibility"
+    target, plus, minus = means(f"{mine}:target + 0.5*{jpeg}", f"{mine}:target + -0.5*{jpeg}")
+    assert target == 1.5
+    assert plus < 1.5 < minus
+    prompts.write_text(prompts.read_text().replace(": 2", ": 4"))
+    assert means()[0] == 2.5
+    mine.write_text(mine.read_text().replace("m['target'] for", "2 * m['target'] for"))
+    assert means()[0] == 5.0
+    weights = model / "transformer" / "diffusion_pytorch_model.safetensors"
+    raw = bytearray(weights.read_bytes())
+    raw[8 + int.from_bytes(raw[:8], "little")] ^= 1  # the first tensor's first byte
+    weights.write_bytes(bytes(raw))
+    capsys.readouterr()
+    assert cli.main(arguments[:-1]) == 2
+    assert "holds pictures of other prompts, noise or model" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "eval" / "pictures")
+    assert means()[0] == 5.0  # nothing of the other model is left
