@@ -139,8 +139,8 @@ def test_dry_run_tells_memory_and_time_without_hub_and_gpu(capsys, tmp_path: Pat
     text = capsys.readouterr().out
     assert "# memory of one GPU, about " in text
     assert "on 8 that share its samples" in text
-    (tmp_path / "config.yaml").write_text(text)  # still a configuration
-    assert load_recipe(str(tmp_path)) == load_recipe("sd35m_geneval").override({"batch.micro_batch": 2})
+    (tmp_path / "dry.yaml").write_text(text)  # still a configuration
+    assert load_recipe(str(tmp_path / "dry.yaml")) == load_recipe("sd35m_geneval").override({"batch.micro_batch": 2})
     assert cli.main(["train", "mini", "--dry-run"]) == 0
     assert "# no estimate" in capsys.readouterr().out
 

@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -266,11 +266,13 @@ class Run:
     def _alone(self) -> Iterator[None]:
         """Keeps other processes out of the run's folder. Raises UserError if one is there."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            lock = FileLock(self.folder / ".lock").acquire(timeout=0)
-        except Timeout as error:
-            raise UserError(f"{self.folder} is in use by another process: wait, or give another --name") from error
-        with lock:
+        with ExitStack() as held:
+            try:
+                held.enter_context(FileLock(self.folder / ".lock").acquire(timeout=0))
+            except Timeout as error:
+                raise UserError(f"{self.folder} is in use by another process: wait, or give another --name") from error
+            except (OSError, NotImplementedError):
+                pass  # some network file systems know no locks
             yield
 
     def _going_on(self) -> str:
@@ -382,12 +384,10 @@ class Run:
             self._tell_changes()
         else:
             (self.folder / LOG).unlink(missing_ok=True)  # of a run that ended before anything was saved
+            names = ("tdm-r1", "torch", "diffusers", "transformers", "peft", "accelerate", "numpy")
+            versions = {"python": platform.python_version()} | {n: metadata.version(n) for n in names}
+            write_text(self.folder / "versions.json", json.dumps(versions, indent=2))
         write_text(self.folder / CONFIG_FILE, dump(self.config))
-        if resume:
-            return
-        names = ("tdm-r1", "torch", "diffusers", "transformers", "peft", "accelerate", "numpy")
-        versions = {"python": platform.python_version()} | {n: metadata.version(n) for n in names}
-        write_text(self.folder / "versions.json", json.dumps(versions, indent=2))
 
     def _load_last(self) -> None:
         """Goes on from the last checkpoint that can be read."""
