@@ -235,14 +235,23 @@ def test_training_prompts_follow_the_shares():
 
 
 def test_what_is_evaluated_is_not_trained_on(tmp_path: Path):
-    """However it is worded, and with two objects in either order; single objects, all of which are asked, excepted."""
+    """However it is worded, with two objects in either order, a left of b as b right of a; single objects, all of which
+    are asked, excepted."""
+    other_side = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+
+    def turned(metadata: dict) -> dict:
+        first, *rest = metadata["include"]
+        if metadata["tag"] == "two_object":
+            return metadata | {"include": [*rest, first]}
+        if metadata["tag"] == "position":
+            moved = rest[0]
+            plain = {"class": moved["class"], "count": 1}
+            return metadata | {"include": [plain, first | {"position": [other_side[moved["position"][0]], 0]}]}
+        return metadata
+
     rng = np.random.default_rng(0)
     asked = [make_prompt(tag, rng) for tag in ("counting", "two_object", "position") * 200]
-    turned = [
-        {**p.metadata, "include": p.metadata["include"][:: -1 if p.metadata["tag"] == "two_object" else 1]}
-        for p in asked
-    ]
-    rows = [m | {"prompt": f"as the benchmark words it {i}"} for i, m in enumerate(turned)]
+    rows = [turned(p.metadata) | {"prompt": f"as the benchmark words it {i}"} for i, p in enumerate(asked)]
     everything = [{"tag": "single_object", "include": [{"class": c, "count": 1}], "prompt": c} for c in CLASSES]
     path = tmp_path / "evaluation_metadata.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows + everything))

@@ -162,12 +162,16 @@ def test_genevals_figure_is_the_mean_of_its_families(geneval_layout: Path, capsy
     (geneval_layout / "00001/samples/0001.png").unlink()
     for i in range(2):
         Image.fromarray(IMAGES[5]).save(geneval_layout / f"{i:05d}/grid.png")
-    assert cli.main(["score", str(geneval_layout), "--reward", here("brightness")]) == 0
+    assert cli.main(["score", str(geneval_layout), "--reward", here("graded")]) == 0
     rows = [line.replace("│", " ").split() for line in capsys.readouterr().out.splitlines()]
-    means = {row[0]: float(row[1]) for row in rows if row and row[0] in ("single_object", "counting")}
-    assert means == {"single_object": pytest.approx(0.1), "counting": pytest.approx(0.4)}
-    (figure,) = [row for row in rows if row[:4] == ["mean", "of", "2", "families"]]
-    assert float(figure[4]) == pytest.approx(0.25)
+    shown = [
+        (row[0], float(row[4] if row[0] == "mean" else row[1]))
+        for row in rows
+        if row and row[0] in ("single_object", "counting", "mean", "strict") and row[1] != "deviation"
+    ]
+    graded = [("single_object", 0.1), ("counting", 0.4), ("mean", 0.25)]
+    strict = [("strict", 0.0), ("single_object", 0.0), ("counting", 0.0), ("mean", 0.0)]
+    assert shown == [(name, pytest.approx(value)) for name, value in graded + strict]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from PIL import Image
 
 from reward_examples import brightness, here
 from tdm_r1 import cli
+from tdm_r1.comparison import Comparison
 from tdm_r1.config import RunConfig, differences, dump, load_recipe, run_of
 from tdm_r1.errors import UserError
 from tdm_r1.rewards import Scorer
@@ -159,6 +160,32 @@ def test_what_a_run_left_is_sampled_as_it_was_trained(finished: Path, tmp_path: 
     assert cli.main([*sample, "--out", str(tmp_path)]) == 2
 
 
+def test_a_bundled_student_brings_its_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """And a LoRA in a folder that is called as a recipe brings its run's."""
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["sample", "--lora", "mini_signs", "--prompt", 'a sign that says "47"', "--images", "1"]) == 0
+    (drawn,) = FewStepModel("mini_signs", "mini_signs")(['a sign that says "47"'])
+    np.testing.assert_array_equal(np.asarray(Image.open("sample.png")), drawn)
+    config = load_recipe("mini_ocr").override({"output": "."})
+    (tmp_path / "mini_ocr").mkdir()
+    (tmp_path / "mini_ocr" / "config.yaml").write_text(dump(config))
+    found = run_of("mini_ocr/lora")
+    assert found is not None
+    assert found.model.path == "mini_signs"
+
+
+def test_a_moved_run_finds_what_it_distilled(tiny_config: Make, tmp_path: Path):
+    start = {"student_lora": str(tmp_path / "old" / "distill" / "lora"), "fake_lora": "elsewhere/lora_fake"}
+    config = tiny_config(distill_with="mini_distill", model=start, name="old")
+    moved = tmp_path / "new"
+    for lora in ("lora", "lora_fake"):
+        (moved / "distill" / lora).mkdir(parents=True)
+    (moved / "config.yaml").write_text(dump(config))
+    model = load_recipe(str(moved)).model
+    assert model.student_lora == str(moved / "distill" / "lora")
+    assert model.fake_lora == "elsewhere/lora_fake"
+
+
 def test_an_evaluation_keeps_out_of_a_runs_folder(finished: Path, capsys):
     before = (finished / "config.yaml").read_text()
     assert cli.main(["eval", "mini", "--lora", "mini", "--out", str(finished)]) == 2
@@ -195,10 +222,32 @@ def test_scores_and_pictures_are_not_taken_for_those_of_others(tiny_config: Make
     assert means()[0] == 5.0
     weights = model / "transformer" / "diffusion_pytorch_model.safetensors"
     raw = bytearray(weights.read_bytes())
-    raw[8 + int.from_bytes(raw[:8], "little")] ^= 1  # the first tensor's first byte
+    raw[-1] ^= 1
     weights.write_bytes(bytes(raw))
     capsys.readouterr()
     assert cli.main(arguments[:-1]) == 2
     assert "holds pictures of other prompts, noise or model" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "eval" / "pictures")
     assert means()[0] == 5.0  # nothing of the other model is left
+    capsys.readouterr()
+    (tmp_path / "recipe.yaml").write_text(dump(config.override({"reward": "python:target"})))
+    assert means(f"{mine}:target")[0] == 5.0
+    assert "python:target was given to the run in Python: it is left out here" in capsys.readouterr().out
+
+
+def test_two_evaluations_in_one_folder_do_not_mix(tiny_config: Make, tmp_path: Path, capsys, monkeypatch):
+    """The second has begun before the first had a picture."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(dump(tiny_config(reward="jpeg_compressibility")))
+    arguments = ["eval", str(recipe), "--lora", "none", "--base-steps", "0", "--out", str(tmp_path / "eval")]
+    sampled = Comparison.sample
+
+    def late(self: Comparison) -> None:
+        monkeypatch.setattr(Comparison, "sample", lambda self: None)
+        cli.main([*arguments, "--prompts", "3"])
+        sampled(self)
+
+    monkeypatch.setattr(Comparison, "sample", late)
+    assert cli.main(arguments) == 2
+    assert "another evaluation has begun" in capsys.readouterr().err
+    assert not list((tmp_path / "eval").rglob("*.png"))

@@ -64,7 +64,8 @@ class Eval:
     """Compares LoRAs and the many-step base on a recipe's prompts, all from the same noise.
 
     Goes on where it was interrupted: every picture is a file, and so are the scores of every metric; delete the folder
-    `scores` where a server answers otherwise than before. Writes results.json, table.md and grid.png.
+    `scores` after changing what a reward of your own imports, or what a server serves. Writes results.json, table.md
+    and grid.png.
     """
 
     recipe: Positional[str]
@@ -295,11 +296,12 @@ def _resumed(command: TrainCommand, parse: Callable[..., TrainCommand]) -> Train
     asked = command.config
     if not (asked.folder / CONFIG_FILE).is_file():
         return command
-    command = parse(default=TrainCommand(load_recipe(str(asked.folder))))
+    own = load_recipe(str(asked.folder.resolve())).override({"output": asked.output, "name": asked.name})
+    command = parse(default=TrainCommand(own))
     made_by_the_run = ("model.student_lora", "model.fake_lora") if asked.distill_with else ()
-    for name, recipe, own in differences(asked, command.config):
+    for name, recipes, kept in differences(asked, command.config):
         if name not in made_by_the_run:
-            print(f"{asked.folder} keeps its own {name} = {own!r} (the recipe's is {recipe!r})")
+            print(f"{asked.folder} keeps its own {name} = {kept!r} (the recipe's is {recipes!r})")
     return command
 
 

@@ -30,6 +30,7 @@ from .lora_files import load_lora, lora_digest, lora_settings, with_strength
 from .mini import bundle
 from .randomness import torch_rng
 from .rewards import Scorer
+from .rewards.registry import GIVEN
 from .rewards.scorer import parse
 from .rewards.scores import joined
 from .roles import Role, lora_roles
@@ -97,24 +98,31 @@ class Comparison:
         if (self.folder / LOG).exists():
             raise UserError(f"--out = {str(self.folder)!r} is a run's folder: name another, or one in it")
         settings = {"prompts": [p.text for p in self.prompts], "seed": self.config.evaluation.seed}
-        settings |= _what_draws(self.config.model)
-        self._same(self.folder / SETTINGS, self.folder / "pictures", settings, "other prompts, noise or model")
+        self._drawn_with = json.dumps(settings | _what_draws(self.config.model), indent=1)
+        self._made_with = {m.name: json.dumps(_how_made(m), indent=1) for m in self.models}
+        everything = self.folder / "pictures"
+        self._same(self.folder / SETTINGS, everything, self._drawn_with, "other prompts, noise or model")
         for model in self.models:
-            file = self.folder / "pictures" / model.folder / SETTINGS
-            made = asdict(model.sampling) | {
-                "lora": lora_digest(model.lora) if model.lora else None,
-                "strength": model.strength,
-            }
-            self._same(file, file.parent, made, f"another version of {model.name!r}")
+            own = everything / model.folder
+            self._same(own / SETTINGS, own, self._made_with[model.name], f"another version of {model.name!r}")
         write_text(self.folder / CONFIG_FILE, dump(self.config))
 
-    def _same(self, file: Path, made: Path, settings: dict, otherwise: str) -> None:
-        text = json.dumps(settings, indent=1)
+    def _same(self, file: Path, made: Path, text: str, otherwise: str) -> None:
         if file.exists() and file.read_text() == text:
             return
         if file.exists() and any(made.rglob("*.png")):
-            raise UserError(f"--out = {str(self.folder)!r} holds pictures of {otherwise}: name another folder")
+            raise UserError(
+                f"--out = {str(self.folder)!r} holds pictures of {otherwise} (or of an earlier version of tdm-r1): "
+                "name another folder"
+            )
         write_text(file, text)
+
+    def _still_mine(self, model: Model) -> None:
+        """Raises UserError if another evaluation has begun in the folder meanwhile."""
+        files = {self.folder / SETTINGS: self._drawn_with}
+        files[self.folder / "pictures" / model.folder / SETTINGS] = self._made_with[model.name]
+        if any(file.read_text() != text for file, text in files.items()):
+            raise UserError(f"another evaluation has begun in --out = {str(self.folder)!r}: name a folder for each")
 
     # -------------------------------------------------------------------------------------- pictures
 
@@ -147,6 +155,7 @@ class Comparison:
             for rows in self._batches(model):
                 texts = [self.prompts[i].text for i in rows]
                 images = generate(student, roles, model.sampling, embed, texts, x_1[rows], batch=len(rows))
+                self._still_mine(model)
                 for i, image in zip(rows, images, strict=True):
                     pictures.save_png(Image.fromarray(image), self.file(model, i))
 
@@ -188,11 +197,11 @@ class Comparison:
         return found
 
     def _scores_file(self, model: Model, metric: str) -> Path:
-        """Where a model's numbers of a metric are kept: by all that they depend on, which is the metric, a user's own
-        file of it, the prompts, and how the pictures were made."""
+        """Where a model's numbers of a metric are kept: by the metric, a user's own file of it, the prompts, and how
+        the pictures were made."""
         terms = [] if metric == HELD_OUT else [Path(term.name.rpartition(":")[0]) for term in parse(metric)]
-        own = [file.read_text(encoding="utf-8") for file in terms if file.suffix == ".py" and file.is_file()]
-        made = [f.read_text() for f in (self.folder / SETTINGS, self.folder / "pictures" / model.folder / SETTINGS)]
+        own = [file.read_bytes().hex() for file in terms if file.suffix == ".py" and file.is_file()]
+        made = [self._drawn_with, self._made_with[model.name]]
         prompts = [(p.text, p.metadata) for p in self.prompts]
         text = json.dumps([metric, own, made, self.config.task.name, prompts], sort_keys=True, default=str)
         name = f"{re.sub(r'[^A-Za-z0-9.]+', '_', metric)[-80:]}_{hashlib.sha256(text.encode()).hexdigest()[:8]}.json"
@@ -258,22 +267,31 @@ class Comparison:
         return pictures.grid(shown, [self.prompts[i].text for i in rows])
 
 
+def _how_made(model: Model) -> dict[str, Any]:
+    lora = lora_digest(model.lora) if model.lora else None
+    return asdict(model.sampling) | {"lora": lora, "strength": model.strength}
+
+
 def _what_draws(model: ModelConfig) -> dict[str, Any]:
     """All of a model's settings that its pictures depend on, with a fingerprint of weights that lie on this machine."""
-    kept = ("path", "teacher", "resolution", "dtype", "t5", "max_sequence_length")
+    kept = ("path", "teacher", "resolution", "dtype", "t5", "max_sequence_length", "vae_tiling")
     paths = [resolve_model(model)[0], *([model.teacher] if model.teacher else [])]
     return model.model_dump(mode="json", include=set(kept)) | {"weights": [_fingerprint(Path(p)) for p in paths]}
 
 
 def _fingerprint(folder: Path) -> str | None:
-    """Of a pipeline's folder: its files' sizes and first MiB, since hashing a large model takes minutes."""
+    """Of a pipeline's folder: of its files' sizes and of blocks all over them, since to read all of a large model takes
+    minutes."""
     if not folder.is_dir():
         return None
-    digest = hashlib.sha256()
+    digest, block = hashlib.sha256(), 2**16
     for path in sorted(f for f in folder.rglob("*") if f.suffix in (".json", ".safetensors", ".txt", ".model")):
-        digest.update(f"{path.relative_to(folder).as_posix()} {path.stat().st_size} ".encode())
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder).as_posix()} {size} ".encode())
         with path.open("rb") as file:
-            digest.update(file.read(2**20))
+            for start in (*range(0, size, max(size // 256, block)), max(size - block, 0)):
+                file.seek(start)
+                digest.update(file.read(block))
     return digest.hexdigest()
 
 
@@ -358,14 +376,19 @@ def _comparisons(command: Eval, config: RunConfig, models: list[Model], console:
     """The recipe's prompts, and those that the metrics have to themselves."""
     out, path = command.out or Path("evaluations") / config.name, command.metrics_prompts
     shard = parse_shard(command.shard)
+    own = [config.reward]
+    if config.reward.startswith(GIVEN):
+        console.print(
+            f"{config.reward} was given to the run in Python: it is left out here", style="yellow", markup=False
+        )
+        own = []
     if not path:
-        rewards = [config.reward, *command.metrics]
-        return [Comparison(config, models, rewards, out, shard=shard, console=console)]
+        return [Comparison(config, models, [*own, *command.metrics], out, shard=shard, console=console)]
     if not command.metrics:
         raise UserError(f"--metrics-prompts = {str(path)!r}: say with --metrics what is measured on them")
     other = _on_prompts(config, path)
     return [
-        Comparison(config, models, [config.reward], out, shard=shard, console=console),
+        Comparison(config, models, own, out, shard=shard, console=console),
         Comparison(other, models, command.metrics, out / "metrics", shard=shard, console=console),
     ]
 

@@ -255,16 +255,28 @@ def load_recipe(name: str) -> RunConfig:
         return validate(values)
     folder = Path(name) if Path(name).name not in ("", "..") else Path(name).resolve()
     try:
-        return validate(values).override({"output": folder.parent, "name": folder.name})
+        config = validate(values).override({"output": folder.parent, "name": folder.name})
     except UserError as error:
         raise UserError(f"{folder / CONFIG_FILE}: {error}") from error
+    return config.override(_own_distillation(config)) if config.distill_with else config
+
+
+def _own_distillation(config: RunConfig) -> dict[str, str]:
+    """The LoRAs that a run distilled for its start, where its folder lies now."""
+    found = {}
+    for name in ("student_lora", "fake_lora"):
+        lora = Path(getattr(config.model, name) or "")
+        here = config.folder / "distill" / lora.name
+        if lora.parent.name == "distill" and here.is_dir():
+            found[f"model.{name}"] = str(here)
+    return found
 
 
 def run_of(lora: str | Path) -> RunConfig | None:
     """The settings of the run that wrote a LoRA's folder, where they lie beside it and can be read."""
-    folder = Path(lora).parent
+    folder = str(Path(lora).parent.resolve())  # in full: runs are often called as their recipes
     try:
-        return load_recipe(str(folder)) if _is_folder(str(folder)) else None
+        return load_recipe(folder) if _is_folder(folder) else None
     except UserError:
         return None  # of another version
 

@@ -12,16 +12,18 @@ import numpy as np
 from .rewards.geneval_protocol import CLASSES, COLORS, RELATIONS, TAGS, why_not
 from .tasks import Prompt, read_prompts
 
+DRAWS = 20  # for a prompt that the benchmark does not ask
+MIRRORED = {"right of": "left of", "below": "above"}
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 # Shares in training. From a neighbour: Flow-GRPO's 7 : 5 : 3 : 1 : 1, which leaves single objects out.
-DRAWS = 20  # for a prompt that the benchmark does not ask
 SHARES = {"single_object": 0.0, "two_object": 1.0, "counting": 5.0, "colors": 1.0, "position": 7.0, "color_attr": 3.0}
 
 
 class GenEvalTask:
     """Prompts of the six families, drawn for training; for evaluation those of a file, or drawn ones.
 
-    What the file asks is not drawn for training: its scores are held out. (But single objects: it has them all.)
+    What the file asks is not drawn for training, where it leaves something to draw: its scores are held out. (It has
+    all single objects.)
 
     Args:
         shares: of the families in training, in any unit; Flow-GRPO's if None.
@@ -65,9 +67,16 @@ class GenEvalTask:
 
 
 def _asked(prompt: Prompt) -> tuple[str, frozenset[str]]:
-    """What a prompt asks for, however it is worded and in whatever order."""
-    parts = prompt.metadata["include"]
-    return prompt.metadata["tag"], frozenset(json.dumps(part, sort_keys=True) for part in parts)
+    """What a prompt asks for, however it is worded, in whatever order and from whichever side it is seen."""
+    parts, asked = prompt.metadata["include"], set()
+    for part in parts:
+        asked.add(json.dumps({key: value for key, value in part.items() if key != "position"}, sort_keys=True))
+        if "position" in part:
+            relation, anchor = part["position"]
+            one, other = part["class"], parts[anchor]["class"]
+            turned = relation in MIRRORED
+            asked.add(f"{other} {MIRRORED[relation]} {one}" if turned else f"{one} {relation} {other}")
+    return prompt.metadata["tag"], frozenset(asked)
 
 
 def read_metadata(path: Path) -> list[Prompt]:

@@ -99,7 +99,7 @@ def sample_command(command: Sample) -> None:
     as_trained = trained.model.model_dump(include={"max_sequence_length", "t5", "resolution"})
     as_trained |= trained.sampler.model_dump(include={"steps", "shift", "solver"})
     asked = {name: getattr(command, name) for name in as_trained if getattr(command, name) is not None}
-    path = command.model or trained.model.path
+    path = command.model or (command.lora if command.lora in bundle.MODELS else trained.model.path)
     lora = command.lora or (path if path in bundle.MODELS else None)
     model = FewStepModel(path, lora, **(as_trained | asked), dtype=command.dtype, offload=command.offload)
     images = model([p for p in prompts for _ in range(command.images)], seed=command.seed)

@@ -402,7 +402,7 @@ class Run:
     def _tell_changes(self) -> None:
         """Shows what is not as it was when the run was started."""
         try:
-            before = load_recipe(str(self.folder))
+            before = load_recipe(str(self.folder.resolve()))
         except UserError:
             return  # of another version, or gone
         for name, old, new in differences(before, self.config):

@@ -107,10 +107,14 @@ def _same_model(config: MiniConfig) -> None:
     free: Any = {"work": True, "out": True, "bf16": True, "compiled": True, "base": {"steps", "save_every"}}
     file, wanted = config.work / CONFIG_FILE, config.model_dump(mode="json", exclude=free)
     begun = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else wanted
+    if not file.exists() and any(config.work.glob("*.safetensors")):
+        raise UserError(
+            f"work = {str(config.work)!r} is of an earlier version: give another --work, or delete that folder"
+        )
     if other := [name for name in wanted | begun if wanted.get(name) != begun.get(name)]:
         raise UserError(
             f"work = {str(config.work)!r} holds a model that was begun with another {', '.join(other)} "
-            f"({CONFIG_FILE} there): give another --work and --out, or delete it"
+            f"({CONFIG_FILE} there): give another --work and --out, or delete that folder"
         )
     write_text(file, yaml.safe_dump(wanted, sort_keys=False))
 

@@ -114,6 +114,8 @@ def _lines(out: Path | None) -> Iterator[Callable[[str], object]]:
     if out is None:
         yield lambda line: None
         return
+    if out.is_dir():
+        raise UserError(f"--out = {str(out)!r} is a folder: name a file in it")
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f"{out.name}.partial")
     with partial.open("w", encoding="utf-8", buffering=1) as file:

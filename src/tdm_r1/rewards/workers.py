@@ -146,7 +146,7 @@ class Workers:
         except ProcessExpired as error:
             return missing(n, f"the worker process died (exit code {error.exitcode})")
         except (BrokenExecutor, CancelledError):
-            if again:  # a worker that had nothing to do may have died a moment before
+            if again and patience.left:  # a worker that had nothing to do may have died a moment before
                 self._drop(task.pool)
                 return self._result(self._schedule(task.work, *task.args), n, patience, again=False)
             return missing(n, "the worker processes died before they had anything to score")
