@@ -34,8 +34,8 @@ def list_rewards(console: Console) -> None:
     """Prints what rewards there are, and whether each works here as things are installed."""
     table = Table(title="Rewards")
     table.add_column("name", no_wrap=True)
-    for title in ("what it scores", "needs", "state here", "licence"):
-        table.add_column(title, overflow="fold")
+    for title, width in (("what it scores", None), ("needs", 12), ("state here", None), ("licence", 14)):
+        table.add_column(title, overflow="fold", max_width=width)
     for name, entry in BUILT_IN.items():
         table.add_row(name, entry.summary, escape(needs_of(entry)), escape(state_of(entry)), entry.licence)
     console.print(table)
@@ -44,10 +44,9 @@ def list_rewards(console: Console) -> None:
 
 
 def needs_of(entry: Entry) -> str:
-    """What a reward needs beside the core: an extra, weights from the hub, variables."""
-    return ", ".join(
-        [*([f"[{entry.extra}]"] if entry.extra else []), *(["hub"] if entry.weights else []), *entry.environment]
-    )
+    """What a reward needs beside the core: an extra, weights from the hub, a key."""
+    needs = {f"[{entry.extra}]": entry.extra, "hub": entry.weights, "a key": entry.environment}
+    return ", ".join(name for name, wanted in needs.items() if wanted)
 
 
 def state_of(entry: Entry) -> str:
@@ -62,7 +61,7 @@ def state_of(entry: Entry) -> str:
     if unset := [name for name in entry.environment if name not in os.environ]:
         return f"installed; set {', '.join(unset)}"
     if absent := [w for w in entry.weights if not is_cached(w)]:
-        return f"installed; downloads {', '.join(absent)} on first use"
+        return f"installed; downloads {', '.join(w.partition(':')[0] for w in absent)} on first use"
     return "ready"
 
 
