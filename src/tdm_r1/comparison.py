@@ -32,7 +32,7 @@ from .randomness import torch_rng
 from .rewards import Scorer
 from .rewards.registry import GIVEN
 from .rewards.scorer import parse
-from .rewards.scores import joined
+from .rewards.scores import family_means, joined
 from .roles import Role, lora_roles
 from .tasks import read_prompts
 from .trainer import LOG, adapter_settings, load_backbones, load_task, resolve_model
@@ -230,8 +230,7 @@ class Comparison:
     def _means(self, values: np.ndarray) -> dict[str, float]:
         """The mean, and where prompts come in families each one's and the mean of these; what is all missing is left
         out."""
-        tags = np.array([str(p.metadata.get("tag", "")) for p in self.prompts])
-        by_tag = {tag: mean_of(values[tags == tag]) for tag in dict.fromkeys(tags.tolist()) if tag}
+        by_tag = family_means(values, [str(p.metadata.get("tag", "")) for p in self.prompts])
         found = {"mean": mean_of(values)} | by_tag
         if by_tag:
             found["overall"] = float(np.mean(list(by_tag.values())))

@@ -151,7 +151,7 @@ class Run:
     """
 
     def __init__(self, config: RunConfig, *, reward: Reward | None = None, console: Console | None = None) -> None:
-        self.config = config = config.override({"reward": named(reward)}) if reward else config
+        self.config = config = config if reward is None else config.override({"reward": named(reward)})
         self.console = console or Console()
         self.folder = config.folder
         self.by_function = reward is not None

@@ -23,7 +23,7 @@ from ..tasks import Prompt, PromptFileTask
 from .http import TOKEN, RewardServer
 from .registry import BUILT_IN, Entry, load_reward
 from .scorer import Scorer, ScoringConfig, parse
-from .scores import Scores, joined, missing, same_size
+from .scores import Scores, family_means, joined, missing, same_size
 from .workers import Workers
 
 SERVED_AT_ONCE = 1024  # pictures that a served reward gets in one call; a client sends them in chunks of its own
@@ -233,11 +233,9 @@ def _summary(scores: Scores, name: str, tags: list[str], console: Console) -> No
         table.add_column(title, justify="right" if title else "left")
     for label, column in ({name: scores.values} | dict(scores.parts)).items():
         _add(table, label, column)
-        of = [column[np.array(tags) == tag] for tag in families]
-        for tag, part in zip(families, of, strict=True):
-            _add(table, f"  {tag}", part)
-        means = [part[~np.isnan(part)].mean() for part in of if not np.isnan(part).all()]
-        if means:
+        for tag in families:
+            _add(table, f"  {tag}", column[np.array(tags) == tag])
+        if means := [mean for mean in family_means(column, tags).values() if not np.isnan(mean)]:
             table.add_row(f"  mean of {len(means)} families", f"{np.mean(means):.4g}")
     console.print(table)
     for why in scores.failures:

@@ -77,6 +77,13 @@ def same_size(images: Sequence[np.ndarray]) -> list[slice]:
     return [slice(a, b) for a, b in zip([0, *cuts], [*cuts, len(images)], strict=True)]
 
 
+def family_means(values: np.ndarray, tags: Sequence[str]) -> dict[str, float]:
+    """The mean of the scores that each family of prompts has, by GenEval's ``tag``; NaN where it has none, and prompts
+    without a family ("") left out."""
+    of = {tag: values[np.array(tags) == tag] for tag in dict.fromkeys(tags) if tag}
+    return {tag: float(np.nanmean(v)) if not np.isnan(v).all() else np.nan for tag, v in of.items()}
+
+
 def joined(chunks: Sequence[Scores]) -> Scores:
     """Chunks of one batch, in order. A part that some chunk lacks is missing there."""
     names = dict.fromkeys(name for chunk in chunks for name in chunk.parts)
