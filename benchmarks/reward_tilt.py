@@ -22,7 +22,7 @@ from rich.progress import track
 
 from tdm_r1.config import load_recipe
 from tdm_r1.evaluation import generate
-from tdm_r1.rewards.scorer import standardised
+from tdm_r1.groups import standardized
 from tdm_r1.roles import Role
 from tdm_r1.trainer import Run
 
@@ -40,7 +40,7 @@ def main() -> None:
     e = run.config.evaluation
     prompts = run.task.eval_prompts(e.prompts)
     images, rewards = samples(run, args.samples)
-    advantages = standardised(rewards.ravel(), args.samples).reshape(rewards.shape)
+    advantages = standardized(rewards)[0]
     rng = np.random.default_rng(0)
     repeated = [p for p in prompts for _ in range(e.images_per_prompt)]
     rows = []

@@ -2,9 +2,12 @@
 
 import math
 
+import numpy as np
+import pytest
 import torch
 
 from tdm_r1.advantages import group_advantages
+from tdm_r1.groups import spread
 
 
 def test_standardised_inside_each_group():
@@ -20,6 +23,26 @@ def test_group_without_spread_is_skipped_and_counted():
     assert out.skipped_groups == 1
     assert not out.advantage[0].any()
     assert not out.used[0].any()
+
+
+@pytest.mark.parametrize("size", [2, 16, 24, 48])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_tied_group_is_skipped_at_any_scale_and_offset(size: int, dtype: torch.dtype):
+    """In float32 the mean of 24 scores of 21.37 is not 21.37: rounding must not become an advantage."""
+    offsets = [20.7, 21.37, *np.linspace(20, 23, 40), 1e-12, -3e7, 0.0]
+    out = group_advantages(torch.tensor(offsets, dtype=dtype)[:, None].expand(-1, size))
+    assert out.skipped_groups == len(offsets)
+    assert not out.advantage.any()
+    ulp = 2.0**-20  # of a float32 between 16 and 32, halved: a scorer's own rounding
+    assert group_advantages(21 + ulp * (torch.arange(size) % 2)[None]).skipped_groups == 1
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e9])
+def test_differences_are_signal_at_any_scale(scale: float):
+    r = torch.tensor([[0.0, 1.0, 2.0], [5.0, 5.0, 5.001]]) * scale
+    torch.testing.assert_close(group_advantages(r).advantage, group_advantages(r / scale).advantage)
+    assert group_advantages(r).skipped_groups == 0
+    assert spread(r.numpy())[1].all()
 
 
 def test_missing_scores_are_masked_not_zero():

@@ -28,7 +28,7 @@ from reward_examples import (
 )
 from tdm_r1.errors import UserError
 from tdm_r1.rewards import Scorer, Scores, ScoringConfig, Watch, load_reward
-from tdm_r1.rewards.scorer import Term, parse, standardised
+from tdm_r1.rewards.scorer import Term, parse
 from tdm_r1.rewards.scores import attempt, checked, joined
 from tdm_r1.rewards.workers import Workers
 
@@ -129,7 +129,8 @@ def test_normalised_sums_ignore_each_rewards_unit():
     z = math.sqrt(1.5)
     np.testing.assert_allclose(total, [-z + 2, 0 - 2, math.nan, -2 * z, 0, 2 * z], atol=1e-12)
     np.testing.assert_allclose(scorer.total([Scores(a), Scores(b)]).values, a + 2 * b)  # no groups: raw
-    np.testing.assert_array_equal(standardised(np.array([math.nan] * 2), 2), [math.nan] * 2)
+    missing = scorer.total([Scores(np.array([math.nan] * 3)), Scores(b[3:])], group_size=3).values
+    np.testing.assert_array_equal(missing, [math.nan] * 3)
 
 
 # ------------------------------------------------------------------------------------------ watching
@@ -162,13 +163,18 @@ def test_a_reward_without_differences_stops_the_run():
     flat = Scores(np.array([1.0, 1.0, 0.0, math.nan]))  # groups differ, samples of a group do not
     for _ in range(9):
         watch(flat, 2)
-    with pytest.raises(UserError, match=r"apart in 10 batches \(it lay between 0 and 1"):
+    with pytest.raises(UserError, match=r"in 10 batches \(between 0 and 1"):
         watch(flat, 2)
     watch = Watch()
     for _ in range(9):
         watch(Scores(0.5 + 1e-9 * np.arange(4.0)), 2)
-    with pytest.raises(UserError, match="no two pictures"):  # rounding tells nothing, nor do groups without a score
+    with pytest.raises(UserError, match="identical scores"):  # rounding tells nothing, nor do groups without a score
         watch(Scores(np.array([math.nan, math.nan, 0.5, 0.5 + 1e-9])), 2)
+    watch = Watch()
+    for _ in range(9):
+        watch(Scores(np.full(48, np.float32(21.37), dtype=np.float64)), 24)
+    with pytest.raises(UserError, match="identical scores"):  # as the advantages have it
+        watch(Scores(np.full(48, np.float32(20.7), dtype=np.float64)), 24)
     watch = Watch()
     watch(Scores(np.arange(4.0)), 2)
     for _ in range(20):  # once it told something, saturation is no mistake

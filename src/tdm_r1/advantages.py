@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .groups import standardized
+
 
 @dataclass(frozen=True)
 class GroupAdvantages:
@@ -17,32 +19,26 @@ class GroupAdvantages:
     skipped_groups: int
 
 
-def group_advantages(
-    rewards: Tensor, *, keep: int | None = None, min_valid: int = 2, eps: float = 1e-6
-) -> GroupAdvantages:
+def group_advantages(rewards: Tensor, *, keep: int | None = None, min_valid: int = 2) -> GroupAdvantages:
     """A_i = (r_i - mean) / std inside each group (paper, section 3), over the scores that are not missing.
+
+    Means and deviations are taken in float64: in float32 a group of equal scores of 20 has a spread of rounding.
 
     Args:
         rewards: [P, G], NaN where a score is missing.
         keep: use this many samples of each group alone, half from its top and half from its bottom, centred again:
             large groups are cheap to score, and their extremes carry most of the signal. None uses all.
-        min_valid: groups with fewer valid scores are skipped.
-        eps: groups whose standard deviation is below this carry no signal and are skipped.
+        min_valid: groups with fewer valid scores are skipped, as are groups without a difference (`groups.spread`).
     """
-    valid = ~rewards.isnan()
-    n = valid.sum(1, keepdim=True)
-    r = torch.where(valid, rewards, 0.0)
-    mean = r.sum(1, keepdim=True) / n.clamp_min(1)
-    centred = torch.where(valid, r - mean, 0.0)
-    std = (centred.square().sum(1, keepdim=True) / n.clamp_min(1)).sqrt()
-    informative = (n >= min_valid) & (std > eps)
-    used = valid & informative
-    advantage = torch.where(used, centred / std.clamp_min(eps), 0.0)
+    found, has_signal = standardized(rewards.detach().double().cpu().numpy(), min_valid=min_valid)
+    advantage = torch.from_numpy(found).to(rewards.device, torch.promote_types(torch.float32, rewards.dtype))
+    informative = torch.from_numpy(has_signal).to(rewards.device)
+    used = ~advantage.isnan() & informative[:, None]
     if keep is not None and keep < rewards.shape[1]:
         used = used & _extremes(torch.where(used, advantage, torch.nan), keep)
-        mean = torch.where(used, advantage, 0.0).sum(1, keepdim=True) / used.sum(1, keepdim=True).clamp_min(1)
-        advantage = torch.where(used, advantage - mean, 0.0)
-    return GroupAdvantages(advantage, used, int((~informative).sum()))
+        n = used.sum(1, keepdim=True).clamp_min(1)
+        advantage = advantage - torch.where(used, advantage, 0.0).sum(1, keepdim=True) / n
+    return GroupAdvantages(torch.where(used, advantage, 0.0), used, int((~informative).sum()))
 
 
 def _extremes(advantage: Tensor, keep: int) -> Tensor:

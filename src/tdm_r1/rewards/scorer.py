@@ -11,6 +11,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..errors import UserError
+from ..groups import spread, standardized
 from ..tasks import Prompt
 from .http import RemoteReward
 from .registry import load_reward
@@ -18,7 +19,6 @@ from .scores import Reward, Scores, attempt
 from .workers import Workers
 
 FAILED_BATCHES = 3  # in a row without any score, after which a run stops; at its start a single one is enough
-FLAT = 1e-6  # a deviation inside a group that is rounding, as `advantages.group_advantages` has it
 FLAT_BATCHES = 10  # from the start without any difference inside a group, after which a run stops
 
 
@@ -124,7 +124,7 @@ class Scorer:
             parts |= {f"{term.name}/{name}" if several else name: part for name, part in scores.parts.items()}
             values = scores.values
             if several and group_size is not None and self.config.normalize == "group":
-                values = standardised(values, group_size)
+                values = standardized(values.reshape(-1, group_size))[0].ravel()
             total += term.weight * values
         failures = (f"{t.name}: {why}" for t, s in zip(self.terms, given, strict=True) for why in s.failures)
         return Scores(total, parts, tuple(failures))
@@ -134,17 +134,6 @@ class Scorer:
         for reward in self.rewards:
             if isinstance(reward, Workers):
                 reward.close()
-
-
-def standardised(values: np.ndarray, group_size: int) -> np.ndarray:
-    """``values`` [P * G] with mean 0 and deviation 1 inside each group; 0 where a group has no spread, NaN where a
-    score is missing."""
-    groups = values.reshape(-1, group_size)
-    valid = ~np.isnan(groups)
-    n = np.maximum(valid.sum(1, keepdims=True), 1)
-    centred = groups - np.where(valid, groups, 0).sum(1, keepdims=True) / n
-    std = np.sqrt(np.where(valid, centred**2, 0).sum(1, keepdims=True) / n)
-    return np.where(std > FLAT, centred / np.maximum(std, FLAT), 0 * groups).ravel()
 
 
 class Watch:
@@ -161,13 +150,12 @@ class Watch:
         self.require_any(scores)
         self.batches += 1
         groups = scores.values.reshape(-1, group_size)
-        scored = groups[~np.isnan(groups).all(1)]
-        self.informative = self.informative or bool((np.nanstd(scored, axis=1) > FLAT).any())
+        self.informative = self.informative or bool(spread(groups)[1].any())
         if not self.informative and self.batches >= FLAT_BATCHES:
             raise UserError(
-                f"the reward told no two pictures of a prompt apart in {self.batches} batches (it lay between "
+                f"the reward gave identical scores to all images of each prompt in {self.batches} batches (between "
                 f"{np.nanmin(groups):g} and {np.nanmax(groups):g} in the last): there is nothing to learn from; look "
-                "at it with `tdm-r1 score`, give it grades in place of all or nothing, or take easier prompts"
+                "at it with `tdm-r1 score`, give it grades instead of 0 or 1, or use easier prompts"
             )
 
     def require_any(self, scores: Scores) -> None:
