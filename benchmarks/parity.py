@@ -52,7 +52,7 @@ def compare(name: str, folder: Path, guidance: float, side: int) -> dict:
     backbone = load_backbone(str(folder), max_sequence_length=48, dtype=torch.float32, device="cpu", resolution=side)
     x_1 = torch.randn(2, *backbone.latent_shape, generator=torch.Generator().manual_seed(0))
     sampling = Sampling(Role.TEACHER, steps=4, shift=3.0, guidance=guidance)
-    ours = generate(backbone, full_roles(backbone, ()), sampling, Embedder(backbone), PROMPTS, x_1, batch=2)
+    ours = generate(backbone, full_roles(backbone, ()), sampling, Embedder(backbone), PROMPTS, x_1, batch=2, seed=0)
     theirs = tiny_models.pipeline_pictures(folder, PROMPTS, x_1, guidance)
     return {
         "model": name,

@@ -78,7 +78,7 @@ def samples(run: Run, n: int) -> tuple[np.ndarray, np.ndarray]:
     for prompt in track(prompts, "sampling"):
         x_1 = torch.randn((n, *run.backbone.latent_shape), generator=noise)
         sampling = run.few_step(Role.GENERATOR)
-        own = generate(run.backbone, run.roles, sampling, run.embed, [prompt.text] * n, x_1, batch=n)
+        own = generate(run.backbone, run.roles, sampling, run.embed, [prompt.text] * n, x_1, batch=n, seed=0)
         images.append(own)
         rewards.append(run.scorer(own, [prompt] * n).values)
     return np.stack(images), np.stack(rewards)

@@ -34,7 +34,7 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline folder whose weights are random, none of them zero, so that every path carries gradient."""
     torch.manual_seed(0)
     tokenizer = text.build_tokenizer()
-    model = pretrain.MiniBase(tokenizer)
+    model = pretrain.MiniBase(tokenizer, layers=2)
     weights = {k: torch.where(v == 0, 0.02 * torch.randn_like(v), v) for k, v in model.state_dict().items()}
     folder = tmp_path_factory.mktemp("models") / "random"
     build.assemble(folder, autoencoder.build_autoencoder(), tokenizer, model, weights)

@@ -267,13 +267,19 @@ def test_what_is_evaluated_is_not_trained_on(tmp_path: Path):
     ("row", "message"),
     [
         ({"tag": "shape"}, "tag = 'shape'"),
-        ({"tag": "colors"}, "no include"),
+        ({"tag": "colors"}, "include and exclude: expected lists"),
+        ({"tag": "colors", "include": {"class": "cat"}}, "include and exclude: expected lists"),
+        ({"tag": "single_object", "include": ["bench"]}, "include: 'bench' is no object"),
+        (
+            {"tag": "position", "include": [{"class": "cat", "count": 1, "position": "left of"}]},
+            r"position = 'left of': expected \[RELATION, NUMBER\]",
+        ),
         ({"tag": "colors", "include": [{"class": "mouse", "count": 1}]}, "class = 'mouse' is none of GenEval's 80"),
         ({"tag": "counting", "include": [{"class": "cat", "count": 0}]}, "count = 0 of cat"),
         ({"tag": "colors", "include": [{"class": "cat", "count": 1, "color": "grey"}]}, "color = 'grey'"),
         (
             {"tag": "position", "include": [{"class": "cat", "count": 1, "position": ["left of", 0]}]},
-            "an earlier object",
+            "an earlier object of include",  # not itself
         ),
     ],
 )

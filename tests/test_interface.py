@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +61,18 @@ def test_recipes_resolve_and_round_trip(name: str, tmp_path: Path):
         ({"iterations": 0}, "iterations = 0: .*greater than or equal to 1"),
         ({"batch": {"group": 1}}, r"batch\.group = 1: TDM-R1 compares samples"),
         ({"task": {"name": "prompts"}}, r"task\.name = 'prompts' with task\.prompts = None"),
+        ({"batch": {"trained": 1}}, r"batch\.trained = 1: one sample of a group has nothing to be compared with"),
+        (
+            {"algorithm": "tdm", "batch": {"prompts": 1, "group": 1}, "tdm": {"fake_scores": "two"}},
+            r"tdm\.fake_scores = two with one sample an iteration",
+        ),
+        ({"seed": -1}, r"seed = -1: .*greater than or equal to 0"),
+        ({"evaluation": {"seed": -1}}, r"evaluation\.seed = -1: .*greater than or equal to 0"),
+        ({"task": {"name": "mini_signs", "weights": {"counting": 1}}}, r"task\.weights = .*no families of prompts"),
+        (
+            {"task": {"name": "prompts", "prompts": "a.txt", "weights": {"counting": 1}}},
+            r"task\.weights = .*no families of prompts",
+        ),
         ({"task": {"eval_prompts": "x.txt"}}, r"task\.eval_prompts goes with task\.name = prompts, not with 'mini'"),
         ({"surrogate": {"time_range": [0.9, 0.3]}}, r"surrogate\.time_range = .*0 <= low < high <= 1"),
         ({"surrogate": {"loss": "dpo"}}, r"surrogate\.loss = 'dpo': .*'anchored' or 'preference'"),
@@ -110,6 +124,9 @@ def test_dry_run_prints_the_resolved_configuration(capsys):
     assert printed["reward"] == "mine.py:f"
 
 
+PROMPTS = ("--task.name", "prompts", "--task.weights", "None", "--task.prompts")
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -119,7 +136,10 @@ def test_dry_run_prints_the_resolved_configuration(capsys):
         (["train", "mini", "--reward", "nobody"], "reward = 'nobody' is not known: use one of mini"),
         (["train", "mini", "--reward", "gone.py:f"], "no such file 'gone.py'"),
         (["train", "mini", "--task.name", "prompts"], "a file of prompts goes with task.name = prompts"),
-        (["train", "mini", "--task.name", "prompts", "--task.prompts", "gone.txt"], "no such file"),
+        (["train", "mini", "--task.name", "prompts", "--task.prompts", "a.txt"], "set task.weights to null"),
+        (["train", "mini", *PROMPTS, "gone.txt"], "no such file"),
+        (["train", "mini", "--model.device", "cuda"], "model.device = 'cuda' cannot be used"),
+        (["train", "mini", "--from", "3"], "--from = 3: it goes with --resume"),
         (["sample", "--prompt", "a circle", "--lora", "gone"], "no LoRA at 'gone'"),
     ],
 )
@@ -132,6 +152,13 @@ def test_errors_are_one_line(args: list[str], message: str, capsys, tmp_path: Pa
     error = capsys.readouterr().err
     assert message in " ".join(error.replace("│", " ").split())
     assert not list(tmp_path.iterdir())  # nothing was written
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path):
+    command = f"{sys.executable} -m tdm_r1.cli train sd35m_geneval --dry-run | head -n 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert done.stdout == "algorithm: tdm_r1\n"
+    assert done.stderr == ""
 
 
 def test_unknown_flag_fails(capsys):
@@ -193,12 +220,30 @@ def test_prompt_files_as_spreadsheets_and_editors_write_them(tmp_path: Path):
         ("a.jsonl", b'{"prompt": "a"}\n\n{"prompt": null}\n', r"a\.jsonl:3: prompt = None is no text"),
         ("a.jsonl", b'{"prompt": ["a"]}\n', r"a\.jsonl:1: prompt = \['a'\] is no text"),
         ("a.txt", b"caf\xe9\n", r"task\.prompts = .*a\.txt' is no text in UTF-8"),
+        ("a.json", b'{"prompts": ["a"]}', r"a\.json: expected a list of prompts, found a JSON dict"),
+        ("a.json", b'["a", 3]', r"a\.json, entry 2: expected a JSON object with a 'prompt', got 3"),
+        ("a.json", b"[", r"a\.json: this is no JSON"),
+        ("a.md", b"a cat", r"a\.md': give a file of one of the kinds \.txt, \.jsonl"),
+        ("a.csv", b"Category; Text\na;b\n", r"expected a column 'prompt', found Category; Text"),
     ],
 )
 def test_prompt_files_that_would_be_misread_are_refused(name: str, content: bytes, message: str, tmp_path: Path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         read_prompts(tmp_path / name, "task.prompts")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "texts"),
+    [
+        ("a.json", '[\n  "a fox, oil",\n  {"prompt": "a lantern", "n": 1}\n]\n', ["a fox, oil", "a lantern"]),
+        ("a.tsv", 'Prompt\tNote\n"HELLO" on a wall\tx\na key\ty\n', ['"HELLO" on a wall', "a key"]),
+        ("a.csv", 'Category, Prompt \nSigns, "a shop, with ""OPEN"""\n', ['a shop, with "OPEN"']),
+    ],
+)
+def test_prompts_are_read_as_they_stand(name: str, content: str, texts: list[str], tmp_path: Path):
+    (tmp_path / name).write_text(content)
+    assert [p.text for p in read_prompts(tmp_path / name, "task.prompts")] == texts
 
 
 def test_prompt_tables_and_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -92,6 +92,60 @@ def test_a_picture_that_cannot_be_read_costs_its_own_score(folder: Path, capsys)
     assert "04.png' cannot be read as a picture" in " ".join(capsys.readouterr().out.split())
 
 
+def test_pictures_are_scored_upright(tmp_path: Path):
+    """As viewers show them: cameras store how to turn a picture beside its pixels."""
+    tall = Image.fromarray(np.repeat(np.repeat(IMAGES[2], 4, axis=0), 2, axis=1))
+    for orientation in (1, 2, 3, 6, 8):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        stored = tall if orientation < 5 else tall.transpose(Image.Transpose.ROTATE_90)
+        stored.save(tmp_path / f"{orientation}.jpg", exif=exif)
+    (tmp_path / "shape.py").write_text(
+        "def f(images, p, m):\n    return [images.shape[1] / images.shape[2]] * len(images)\n"
+    )
+    out = tmp_path / "scores.jsonl"
+    assert cli.main(["score", str(tmp_path), "--reward", f"{tmp_path}/shape.py:f", "--out", str(out)]) == 0
+    assert [json.loads(line)["score"] for line in out.read_text().splitlines()] == [2.0] * 5
+
+
+def test_decoders_that_raise_anything_cost_one_picture(folder: Path):
+    """PIL raises a SyntaxError on a PNG whose chunks are damaged."""
+    raw = bytearray((folder / "01.png").read_bytes())
+    raw[raw.index(b"IDAT") - 1] = 5  # the chunk's length: what follows is no chunk
+    (folder / "01.png").write_bytes(bytes(raw))
+    out = folder / "scores.jsonl"
+    assert cli.main(["score", str(folder), "--reward", here("brightness"), "--out", str(out)]) == 0
+    scores = [json.loads(line)["score"] for line in out.read_text().splitlines()]
+    assert [i for i, score in enumerate(scores) if score is None] == [1]
+
+
+def test_what_macos_puts_beside_pictures_is_no_picture(folder: Path):
+    names = [f.name for f in picture_files(folder)]
+    (folder / "__MACOSX").mkdir()
+    for name in ("._00.png", ".hidden.png", "__MACOSX/._01.png", "__MACOSX/02.png"):
+        (folder / name).write_bytes(b"\x00\x05\x16\x07")
+    assert [f.name for f in picture_files(folder)] == names
+
+
+def test_rows_name_their_picture_as_image_folders_do(folder: Path):
+    rows = [{"file_name": f"{i:02d}.png", "prompt": text} for i, text in enumerate(TEXTS)]
+    (folder / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows[::-1]))
+    files = picture_files(folder)
+    assert [p.text for p in prompts_of(folder, files, folder / "metadata.jsonl")] == TEXTS
+
+
+def test_a_folder_without_any_score_is_a_failure(folder: Path, capsys):
+    assert cli.main(["score", str(folder), "--reward", here("raises")]) == 1
+    assert "no picture has a score" in capsys.readouterr().err
+
+
+def test_prompts_that_a_reward_cannot_score_are_told_first(folder: Path, capsys):
+    (folder / "prompts.txt").write_text("\n".join([*(f'a sign that says "{t}"' for t in "abcde"), "a blank sign"]))
+    arguments = ["score", str(folder), "--prompts", str(folder / "prompts.txt"), "--reward"]
+    assert cli.main([*arguments, "ocr_line"]) == 2
+    assert "reward = 'ocr_line' cannot score prompt 6: prompt 'a blank sign' has no text" in capsys.readouterr().err
+
+
 def test_scoring_that_is_broken_off_leaves_what_it_had(folder: Path, tmp_path: Path):
     out = tmp_path / "scores.jsonl"
     out.write_text("of yesterday\n")

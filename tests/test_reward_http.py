@@ -11,6 +11,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -220,7 +221,7 @@ class Misbehaving(http.server.BaseHTTPRequestHandler):
     ("manner", "why"),
     [
         ("garbage", "JSONDecodeError"),
-        ("short", "scores of shape (1,) for 6 pictures"),
+        ("short", "scores of shape (1,) for 6 images"),
         ("slow", "timed out"),
         ("dribble", "no whole answer within 2 seconds"),
         ("drop", "closed connection"),
@@ -242,3 +243,74 @@ def test_a_bad_server_costs_samples_not_the_run(manner: str, why: str):
     server.server_close()
     assert np.isnan(scores.values).all()
     assert why in scores.failures[0]
+
+
+class Foreign(http.server.BaseHTTPRequestHandler):
+    """A server of somebody else's: it answers 307 to a path without a slash, or with its class attribute."""
+
+    answer: tuple[int, object] = (200, {})
+
+    def do_POST(self) -> None:
+        n = len(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["images"])
+        status, content = self.answer
+        if content == "redirects":
+            status, content = (200, {"scores": list(range(n))}) if self.path == "/score/" else (307, {})
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        if status == 307:
+            self.send_header("Location", "/score/")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None: ...
+
+
+@contextmanager
+def foreign(status: int, content: object) -> Iterator[str]:
+    handler = type("Handler", (Foreign,), {"answer": (status, content)})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ({"error": "CUDA out of memory"}, "CUDA out of memory"),
+        ({"detail": "busy"}, "busy"),
+        ({"rewards": [1.0]}, "an object with rewards; expected an object with 'scores', a list of 6 numbers"),
+        ([1.0] * 6, "the answer is list; expected"),
+        ({"scores": 0.5}, "scores are 0.5; expected a list of 6 numbers"),
+        ({"scores": {"0": 1.0}}, "expected a list of 6 numbers"),
+    ],
+)
+def test_an_answer_without_scores_is_told_in_the_servers_words(content: object, why: str):
+    with foreign(200, content) as url:
+        scores = RemoteReward(url, timeout=5, chunk=6)(IMAGES, TEXTS, METADATA)
+    assert np.isnan(scores.values).all()
+    assert why in scores.failures[0]
+
+
+def test_a_refusal_is_told_with_its_detail():
+    detail = [{"loc": ["body", "images"], "msg": "field required", "type": "missing"}]
+    with foreign(422, {"detail": detail}) as url, pytest.raises(UserError, match=r"body\.images: field required"):
+        RemoteReward(url, timeout=5, chunk=6)(IMAGES, TEXTS, METADATA)
+
+
+@pytest.mark.parametrize("path", ["", "/", "/score", "/score/"])
+def test_urls_are_taken_as_servers_document_them(path: str):
+    with foreign(200, "redirects") as url:
+        scores = RemoteReward(url + path, timeout=5, chunk=3)(IMAGES, TEXTS, METADATA)
+    assert scores.values.tolist() == [0, 1, 2, 0, 1, 2]
+
+
+def test_scores_in_a_column_and_parts_of_the_batch():
+    content = {"scores": [[0.5]] * 6, "parts": {"mean": 0.3, "a": [1.0] * 6}}
+    with foreign(200, content) as url:
+        scores = RemoteReward(url, timeout=5, chunk=6)(IMAGES, TEXTS, METADATA)
+    assert scores.values.tolist() == [0.5] * 6
+    assert scores.parts.keys() == {"a"}
+    assert "'mean' was left out" in scores.failures[0]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from reward_examples import (
     IMAGES,
@@ -49,6 +50,16 @@ def test_users_own_reward(tmp_path: Path):
         ([None, 0.5, 1], [math.nan, 0.5, 1.0]),
         (np.array([math.inf, -math.inf, 2.0]), [math.nan, math.nan, 2.0]),
         (np.array([1e39, -1e39, 3e38]), [math.nan, math.nan, 3e38]),  # training is in float32
+        (torch.tensor([1.0, math.nan, 2.0], dtype=torch.bfloat16), [1.0, math.nan, 2.0]),
+        (torch.ones(3, requires_grad=True) * 2, [2.0, 2.0, 2.0]),
+        (list(torch.tensor([1.0, 2.0, 3.0], dtype=torch.bfloat16)), [1.0, 2.0, 3.0]),
+        ([torch.tensor([1.0]), torch.tensor([2.0]), torch.tensor([3.0])], [1.0, 2.0, 3.0]),
+        (np.array([[1.0], [2.0], [3.0]]), [1.0, 2.0, 3.0]),
+        ((v for v in (1.0, None, 3.0)), [1.0, math.nan, 3.0]),
+        (([1.0, 2.0, 3.0], {}), [1.0, 2.0, 3.0]),  # Flow-GRPO's form
+        ([True, False, True], [1.0, 0.0, 1.0]),
+        (np.array([1.0, 2.0, 3.0], dtype=np.float16), [1.0, 2.0, 3.0]),
+        (["0.5", "1", "nan"], [0.5, 1.0, math.nan]),
         (Scores(np.array([1.0, math.nan, 3.0]), {"a": np.array([0.0, 1.0, 2.0])}), [1.0, math.nan, 3.0]),
     ],
 )
@@ -59,14 +70,33 @@ def test_missing_scores_are_nan(given, expected: list[float]):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ([0.0, 1.0], r"scores of shape \(2,\) for 3 pictures"),
-        (0.5, r"scores of shape \(\) for 3 pictures"),
-        (Scores(np.zeros(3), {"a": np.zeros(2)}), r"values of the part 'a' of shape \(2,\) for 3 pictures"),
+        ([0.0, 1.0], r"scores of shape \(2,\) for 3 images"),
+        (0.5, r"scores of shape \(\) for 3 images"),
+        ({"a": [1.0, 2.0, 3.0]}, "returned a dict of a: return one score for each image"),
+        ([[1.0, 2.0]] * 3, r"scores of shape \(3, 2\) for 3 images"),
+        (Scores(np.zeros(3), {"a": np.zeros(2)}), r"values of the part 'a' of shape \(2,\) for 3 images"),
     ],
 )
 def test_broken_contracts_say_how(given, message: str):
     with pytest.raises(ValueError, match=message):
         checked(given, 3)
+
+
+def test_an_async_reward_is_refused():
+    async def scores(images, prompts, metadata):
+        return [0.0] * len(images)
+
+    assert "is an async function" in attempt(scores, IMAGES, TEXTS, METADATA).failures[0]
+
+
+def test_a_reward_that_writes_into_its_images_changes_them_for_nobody():
+    def darkens(images, prompts, metadata):
+        images[:] = 0
+        return images.mean((1, 2, 3))
+
+    before = IMAGES.copy()
+    assert not attempt(darkens, IMAGES, TEXTS, METADATA).values.any()
+    np.testing.assert_array_equal(IMAGES, before)
 
 
 def test_what_goes_wrong_costs_its_scores_and_is_told():

@@ -106,6 +106,40 @@ def test_the_role_before_is_restored_after_an_error(random_model: Path):
         torch.testing.assert_close(fake(*args), want, rtol=0, atol=0)
 
 
+def test_a_velocity_is_its_roles_or_refuses(random_model: Path):
+    """Never another role's, whichever was activated since."""
+    roles, backbone = cast("lora", random_model)
+    disturb(roles, Role.FAKE)
+    args = inputs(backbone)
+    with torch.no_grad(), roles.use(Role.GENERATOR) as generator:
+        expected = generator(*args)
+        with roles.use(Role.FAKE) as fake:
+            assert (fake(*args) != expected).any()
+            with pytest.raises(RuntimeError, match="velocity of role generator"):
+                generator(*args)
+        torch.testing.assert_close(generator(*args), expected, rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match="velocity of role generator"):
+        generator(*args)
+
+
+@pytest.mark.parametrize("kind", ["lora", "full", "mixed"])
+def test_the_teacher_has_no_weights_of_its_own(kind: str, random_model: Path):
+    roles, _ = cast(kind, random_model)
+    with pytest.raises(ValueError, match="teacher has no weights of its own"):
+        roles.weights(Role.TEACHER)
+
+
+def test_tensorfloat32_is_for_the_roles_alone(random_model: Path):
+    """Rewards in the same process compute in float32."""
+    roles, _ = cast("lora", random_model)
+    roles.tf32 = True
+    before = torch.get_float32_matmul_precision()
+    assert before == "highest"
+    with roles.use(Role.FAKE):
+        assert torch.get_float32_matmul_precision() == "high"
+    assert torch.get_float32_matmul_precision() == before
+
+
 def test_gradient_reaches_only_trained_roles(random_model: Path):
     roles, _ = cast("lora", random_model)
     for role in OWN:

@@ -2,30 +2,51 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from filelock import FileLock
 from PIL import Image
+from safetensors import SafetensorError
 
 from reward_examples import brightness, here
-from tdm_r1 import cli
+from tdm_r1 import checkpoint, cli
+from tdm_r1.checkpoint import DamagedError, load_state
 from tdm_r1.comparison import Comparison
 from tdm_r1.config import RunConfig, differences, dump, load_recipe, run_of
 from tdm_r1.errors import UserError
 from tdm_r1.rewards import Scorer
+from tdm_r1.roles import Role
 from tdm_r1.sampling import FewStepModel
-from tdm_r1.trainer import LOG, Run, checkpoints_of, train
+from tdm_r1.trainer import (
+    LOG,
+    Run,
+    checkpoints_of,
+    distillation,
+    is_finished,
+    iteration_of,
+    train,
+    with_student,
+)
 
 Make = Callable[..., RunConfig]
 
 
 def logged(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
+
+
+def digests(folder: Path) -> dict[Path, str]:
+    """Of every file's contents."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 @pytest.fixture
@@ -54,6 +75,177 @@ def test_settings_that_differ_are_told_by_name():
     other = config.override({"surrogate.beta": 7.0, "task.weights": {"counting": 1.0}, "name": "else"})
     expected = [("surrogate.beta", config.surrogate.beta, 7.0), ("task.weights.counting", None, 1.0)]
     assert differences(config, other) == expected
+
+
+def test_what_a_resumed_run_is_given_is_what_it_uses(tiny_config: Make):
+    """AdamW's own loading brings back the betas and the weight decay that were saved."""
+    config = tiny_config(iterations=1)
+    Run(config).fit()
+    given = {"tdm.generator.betas": (0.5, 0.6), "tdm.generator.weight_decay": 0.25, "tdm.fake.learning_rate": 0.5}
+    run = Run(config.override({"iterations": 2} | given))
+    run.open(resume=True)
+    (group,) = run.algorithm.tdm.optimizers[Role.GENERATOR].adamw.param_groups
+    assert (group["betas"], group["weight_decay"]) == ((0.5, 0.6), 0.25)
+    state = run.algorithm.tdm.optimizers[Role.GENERATOR].adamw.state
+    assert any(bool(s["exp_avg"].any()) for s in state.values())  # its averages are the saved ones
+    run.step()
+    (group,) = run.algorithm.tdm.optimizers[Role.FAKE].adamw.param_groups
+    assert group["lr"] == pytest.approx(0.5 * 4 / 10)  # of the fourth update in a warm-up of 10
+
+
+def test_a_controlled_scale_goes_on_unless_another_start_is_given(tiny_config: Make):
+    config = tiny_config(iterations=1, balance={"policy": "ratio", "scale": 2.0, "rate": 0.5})
+    first = Run(config)
+    first.fit()
+    reached = first.algorithm.balance.scale
+    assert reached != 2.0
+    scales = []
+    for changes in ({}, {"balance.scale": 3.0}, {"balance.policy": "fixed"}):
+        run = Run(config.override({"iterations": 2} | changes))
+        run.open(resume=True)
+        scales.append(run.algorithm.balance.scale)
+    assert scales == [reached, 3.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("algorithm", "tdm"),
+        ("tdm.fake_scores", "one"),
+        ("surrogate.weights", "lora"),
+        ("model.lora.rank", "8"),
+        ("model.lora.alpha", "8"),
+        ("tdm.fake.eight-bit", None),
+        ("model.student-lora", "elsewhere"),
+        ("distill-with", "mini_distill"),
+    ],
+)
+def test_what_a_run_cannot_change_is_refused_by_name(setting: str, value: str | None, finished: Path, capsys):
+    before = digests(finished)
+    given = ["--surrogate.carried", "0"] if setting == "algorithm" else []
+    assert cli.main(["train", str(finished), "--resume", f"--{setting}", *([value] if value else []), *given]) == 2
+    error = capsys.readouterr().err
+    assert f"{setting.replace('-', '_')} = " in error
+    assert "the run was started with" in error
+    assert digests(finished) == before
+
+
+def test_a_checkpoint_of_other_roles_is_refused_where_the_settings_are_gone(finished: Path):
+    config = load_recipe(str(finished)).override({"tdm.fake_scores": "one", "iterations": 2})
+    (finished / "config.yaml").write_text("of: another version\n")
+    with pytest.raises(UserError, match=r"these settings differ in fake_final"):
+        Run(config).open(resume=True)
+
+
+def test_an_earlier_checkpoint_is_gone_on_from(tiny_config: Make, capsys):
+    config = tiny_config(iterations=4)
+    run = Run(config)
+    run.fit()
+    third = run.checkpoints()[-2]
+    assert cli.main(["train", str(run.folder), "--resume", "--from", "1"]) == 2
+    assert "has checkpoints of iterations 2, 3, 4; name one of them" in capsys.readouterr().err
+    expected = load_state(third)["roles"]["generator"]
+    again = Run(config)
+    again.open(resume=True, start_from=3)
+    assert again.iteration == 3
+    assert all(torch.equal(w, expected[n]) for n, w in again.roles.state(Role.GENERATOR).items())
+    assert [iteration_of(p) for p in again.checkpoints()] == [2, 3]
+    assert max(row["iteration"] for row in logged(run.folder)) == 3
+    assert cli.main(["train", str(run.folder), "--resume", "--from", "2"]) == 0
+    assert [iteration_of(p) for p in run.checkpoints()] == [2, 3, 4]
+
+
+def test_the_best_and_the_last_checkpoints_are_kept(tiny_config: Make):
+    run = Run(tiny_config(iterations=8))
+    run.open()
+    for iteration, reward in enumerate((0.1, 0.9, 0.3, 0.2, 0.8, 0.5, 0.4)):
+        run.iteration = iteration + 1
+        run.save()
+        run._log({"eval/reward": reward})
+    assert [iteration_of(p) for p in run.checkpoints()] == [2, 5, 6, 7]
+
+
+def test_a_diverged_run_names_the_checkpoints_that_there_are(tiny_config: Make, monkeypatch):
+    run = Run(tiny_config(iterations=4))
+    step = run.step
+
+    def diverges():
+        if run.iteration == 2:
+            raise FloatingPointError("the run has diverged")
+        return step()
+
+    run.step = diverges  # type: ignore[method-assign]
+    with pytest.raises(UserError, match=r"has diverged.*--resume --from ITERATION; there are checkpoints of 1, 2$"):
+        run.fit()
+    assert [iteration_of(p) for p in run.checkpoints()] == [1, 2]
+
+
+def test_a_full_disk_costs_nothing_that_was_whole(tiny_config: Make, monkeypatch):
+    """In one line, with how to go on."""
+    run = Run(tiny_config(iterations=3))
+    writes = checkpoint.save_file
+
+    def full(tensors, path, metadata):
+        if run.iteration == 2:
+            Path(path).write_bytes(b"half")
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+        writes(tensors, path, metadata=metadata)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(
+        UserError, match=r"cannot write .*No space left.*the last whole one is .*000001\..*--resume"
+    ) as error:
+        run.fit()
+    assert "\n" not in str(error.value)
+    assert [iteration_of(p) for p in run.checkpoints()] == [1]
+    assert not list(run.folder.rglob("*.partial"))
+    monkeypatch.undo()
+    again = Run(run.config)
+    again.fit(resume=True)
+    assert again.iteration == 3
+
+
+def test_the_log_is_json(tiny_config: Make):
+    """NaN is none: a metric that is not a number is left out of its row."""
+    run = Run(tiny_config())
+    run.open()
+    run._log({"a": math.nan, "b": math.inf, "c": 1.0})
+    (row,) = (json.loads(line, parse_constant=pytest.fail) for line in (run.folder / LOG).read_text().splitlines())
+    assert row.keys() & {"a", "b", "c"} == {"c"}
+
+
+def test_half_a_distillation_is_no_start(tiny_config: Make, tmp_path: Path):
+    """Also where it was gone on with by hand, and exported, and interrupted again."""
+    recipe = tiny_config(algorithm="tdm", iterations=3, surrogate={"carried": 0.0}, name="unused")
+    (tmp_path / "tdm.yaml").write_text(dump(recipe))
+    config = tiny_config(distill_with=str(tmp_path / "tdm.yaml"), name="both")
+    half = Run(distillation(config))
+    half.open()
+    half.step()
+    half._log({})
+    half.save()
+    half.export(half.folder)
+    assert not is_finished(half.folder)
+    start = with_student(config)
+    assert is_finished(half.folder)
+    assert Path(start.model.student_lora) == half.folder / "lora"
+    assert logged(half.folder)[-1]["iteration"] == 3
+
+
+def test_an_export_that_is_broken_off_leaves_the_old_one(finished: Path, monkeypatch):
+    run = Run(load_recipe(str(finished)))
+    run.open(resume=True)
+    before = digests(finished / "lora")
+
+    def broken(folder: Path, *rest):
+        (folder / "half").write_text("x")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run.backbone, "save_lora", broken)
+    with pytest.raises(KeyboardInterrupt):
+        run.export(finished)
+    assert digests(finished / "lora") == before
+    assert not list(finished.glob("*.partial"))
 
 
 def test_a_reward_given_in_python_is_asked_for_again(finished: Path, capsys):
@@ -119,7 +311,11 @@ def test_a_run_goes_on_behind_what_is_damaged(finished: Path, capsys):
     run.step()
     run.save()
     newest = checkpoints_of(finished)[-1]
-    newest.write_bytes(newest.read_bytes()[:-1000])
+    whole = newest.read_bytes()
+    newest.write_bytes(whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2))  # its second half is zeros
+    with pytest.raises(DamagedError, match="do not match their checksum"):
+        load_state(newest)
+    newest.write_bytes(whole[:-1000])
     rows = logged(finished)
     with (finished / LOG).open("a") as file:
         file.write('{"iteration": 2, "sec')
@@ -201,7 +397,7 @@ def test_scores_and_pictures_are_not_taken_for_those_of_others(tiny_config: Make
     prompts.write_text('{"prompt": "a red circle", "target": 1}\n{"prompt": "a cross", "target": 2}\n')
     mine = tmp_path / "mine.py"
     mine.write_text("def target(images, prompts, metadata):\n    return [m['target'] for m in metadata]\n")
-    task = {"name": "prompts", "prompts": str(prompts)}
+    task = {"name": "prompts", "prompts": str(prompts), "weights": None}
     config = tiny_config(reward=f"{mine}:target", task=task, model={"path": str(model)}, evaluation={"prompts": 2})
     (tmp_path / "recipe.yaml").write_text(dump(config))
     arguments = ["eval", str(tmp_path / "recipe.yaml"), "--lora", "none", "--base-steps", "0"]

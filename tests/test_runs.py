@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,17 +18,19 @@ from safetensors.torch import load_file
 
 from reward_examples import here
 from tdm_r1 import cli
-from tdm_r1.algorithms.tdm import few_step_sample
+from tdm_r1.algorithms.tdm import Rollout, few_step_sample
 from tdm_r1.config import RunConfig, dump, load_recipe
 from tdm_r1.errors import UserError
-from tdm_r1.evaluation import Evaluator
-from tdm_r1.lora_files import lora_digest, lora_settings
+from tdm_r1.evaluation import Evaluator, generate
+from tdm_r1.flow import few_step_grid
+from tdm_r1.lora_files import lora_digest, read_lora
 from tdm_r1.mini.build import MiniConfig, build
 from tdm_r1.mini.bundle import bundle_path
 from tdm_r1.mini.pretrain import PretrainConfig
 from tdm_r1.roles import Role
 from tdm_r1.sampling import FewStepModel
-from tdm_r1.trainer import Run, distillation, train, with_student
+from tdm_r1.solvers import Trajectory
+from tdm_r1.trainer import Run, distillation, is_finished, resolve_model, train, with_student
 
 Make = Callable[..., RunConfig]
 
@@ -190,6 +193,40 @@ def test_each_fake_score_knows_its_points(tiny_config: Make):
     assert set(tdm.draw(rollout, noise, points="final").index.tolist()) == {3}
 
 
+@pytest.mark.parametrize(("steps", "shift"), [(8, 15.0), (40, 3.0), (4, 3.0)])
+@pytest.mark.parametrize("noise_range", ["to_noise", "interval"])
+def test_noise_levels_are_above_their_points_on_any_grid(tiny_config: Make, steps: int, shift: float, noise_range: str):
+    """Also where a grid has points above .99."""
+    run = Run(tiny_config(sampler={"steps": steps, "shift": shift}, tdm={"noise_range": noise_range}))
+    noise = torch.Generator().manual_seed(0)
+    points = [torch.randn(400, 8, 8, 8) for _ in range(steps + 1)]
+    rollout = Rollout(Trajectory(few_step_grid(steps, shift), points, points[1:]), run.embed(["a cross"] * 400))
+    draw = run.algorithm.tdm.draw(rollout, noise, noise_range=noise_range)
+    assert (draw.t > draw.s).all()
+    assert (draw.t < 1).all()
+    assert draw.x_t.std() < 1.2
+
+
+def test_a_fake_lora_beside_the_bundled_student_is_used(random_model: Path):
+    config = load_recipe("mini").model
+    assert resolve_model(config)[2] == bundle_path() / "tdm_4step_fake"
+    assert resolve_model(config.model_copy(update={"fake_lora": "mine"}))[2] == "mine"
+
+
+@pytest.mark.parametrize("batch", [1, 4, 6])
+def test_a_stochastic_sampler_depends_on_seed_and_picture_alone(batch: int, tiny_config: Make):
+    run = Run(tiny_config(sampler={"solver": "stochastic"}))
+    prompts, x_1 = ["a cross"] * 6, torch.zeros(6, *run.backbone.latent_shape)
+    sample = partial(generate, run.backbone, run.roles, run.few_step(), run.embed)
+    whole = sample(prompts, x_1, batch=6, seed=1)
+    assert len({picture.tobytes() for picture in whole}) == 6  # each has its own noise
+    assert (whole != sample(prompts, x_1, batch=6, seed=2)).any()
+    parts = sample(prompts, x_1, batch=batch, seed=1)
+    assert np.abs(parts.astype(int) - whole).max() <= 1  # rounding
+    some = sample(prompts[:2], x_1[:2], batch=2, seed=1, numbers=[3, 5])
+    assert np.abs(some.astype(int) - whole[[3, 5]]).max() <= 1
+
+
 def test_resume_is_exact(tiny_config: Make):
     cpu = {"device": "cpu"}  # a GPU's sums have no order
     straight = Run(tiny_config(name="straight", iterations=3, model=cpu))
@@ -274,7 +311,7 @@ def test_eval_finds_what_the_run_found(tiny_config: Make, tmp_path: Path, capsys
     """Of a LoRA that is wider than the recipe's adapters, since it holds what the generator carried."""
     run = Run(tiny_config(iterations=1, reward="jpeg_compressibility"))
     last = run.fit()
-    assert lora_settings(run.folder / "lora").r == 2 * run.config.model.lora.rank
+    assert read_lora(run.folder / "lora").rank == 2 * run.config.model.lora.rank
     monkeypatch.setenv("COLUMNS", "200")
     arguments = [str(run.folder), "--lora", str(run.folder / "lora"), "--base-steps", "0"]
     assert cli.main(["eval", *arguments, "--out", str(tmp_path / "eval")]) == 0
@@ -420,7 +457,7 @@ def test_an_interrupted_distillation_goes_on_and_ends_as_one_that_was_not(
         patched.setattr(Run, "step", interrupted_step)
         with pytest.raises(UserError, match="the distillation was interrupted; the same command goes on with it"):
             with_student(config)
-    assert not (tmp_path / "broken" / "distill" / "lora").exists()
+    assert not is_finished(tmp_path / "broken" / "distill")
     resumed = with_student(config)
     for name in ("student_lora", "fake_lora"):
         folders = (Path(getattr(config.model, name)) for config in (whole, resumed))
@@ -509,7 +546,7 @@ def test_prompt_file_and_missing_scores(tiny_config: Make, tmp_path: Path):
         "    out[0] = None\n"
         "    return out\n"
     )
-    run = Run(tiny_config(task={"name": "prompts", "prompts": prompts}, reward=f"{reward}:near"))
+    run = Run(tiny_config(task={"name": "prompts", "prompts": prompts, "weights": None}, reward=f"{reward}:near"))
     metrics = run.step()
     assert metrics["reward/missing"] == 1
     assert metrics["reward/skipped_groups"] == 0

@@ -96,7 +96,13 @@ def test_stochastic_keeps_the_marginals():
         return flow.v_from_x0(point, x, t)
 
     g = torch.Generator().manual_seed(5)
-    trajectory = solvers.sample(velocity, torch.randn(20_000, 1, generator=g), grid, solver="stochastic", noise=g)
+    trajectory = solvers.sample(
+        velocity,
+        torch.randn(20_000, 1, generator=g),
+        grid,
+        solver="stochastic",
+        noise=lambda step: torch.randn(20_000, 1, generator=g),
+    )
     for t, x in zip(grid[1:-1], trajectory.points[1:-1], strict=True):
         assert abs(float(x.mean()) - 2 * (1 - float(t))) < 0.03
         assert abs(float(x.std()) - float(t)) < 0.03

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-_TREE = "tdm_r1_tree"
+from .files import whole_file
+
+_TREE, _DIGEST = "tdm_r1_tree", "tdm_r1_digest"  # keys of the file's metadata
+
+
+class DamagedError(ValueError):
+    """A checkpoint whose contents are not those that were written."""
 
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
@@ -23,24 +29,32 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
     """
     tensors: dict[str, Tensor] = {}
     tree = _pack(state, tensors, "")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        save_file(tensors, partial, metadata={_TREE: json.dumps(tree)})
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())  # a file that is there by name is there in whole, also after a power cut
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(path) as partial:
+        save_file(tensors, partial, metadata={_TREE: json.dumps(tree), _DIGEST: _digest(tensors)})
 
 
 def load_state(path: Path) -> Any:
-    """Reads what `save_state` wrote. Raises ValueError on a file of another kind."""
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        if _TREE not in metadata:
-            raise ValueError(f"{path} is not a tdm-r1 checkpoint: point to a file that a run wrote under checkpoints/")
-        return _unpack(json.loads(metadata[_TREE]), file)
+    """Reads what `save_state` wrote. Raises ValueError on a file of another kind, DamagedError on a damaged one."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise DamagedError(f"{path} is damaged: {error}") from error
+    if _TREE not in metadata:
+        raise ValueError(f"{path} is not a tdm-r1 checkpoint: point to a file that a run wrote under checkpoints/")
+    if metadata.get(_DIGEST) != _digest(tensors):
+        raise DamagedError(f"{path} is damaged: its contents do not match their checksum")
+    return _unpack(json.loads(metadata[_TREE]), tensors)
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """Of the contents of all tensors. (The bytes of two equal files may differ: metadata has no fixed order.)"""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _pack(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
@@ -57,22 +71,14 @@ def _pack(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
     raise TypeError(f"cannot save {name!r} of type {type(value).__name__}: only tensors and plain values")
 
 
-def _unpack(tree: Any, file: Any) -> Any:
+def _unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
     match tree:
         case {"tensor": name}:
-            return file.get_tensor(name)
+            return tensors[name]
         case {"dict": items}:
-            return {key: _unpack(item, file) for key, item in items}
+            return {key: _unpack(item, tensors) for key, item in items}
         case {"list": items}:
-            return [_unpack(item, file) for item in items]
+            return [_unpack(item, tensors) for item in items]
         case {"value": value}:
             return value
     raise ValueError(f"unreadable checkpoint entry {tree!r}")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file (UTF-8) so that it appears whole or not at all, also where several processes write it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

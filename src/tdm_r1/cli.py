@@ -5,6 +5,7 @@ Heavy imports stand inside the commands, so that help and errors come at once.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -41,7 +42,7 @@ class Sample:
     """Forward evaluations a picture; else 4."""
     shift: float | None = None
     """Shift of the time grid; else 3."""
-    solver: Literal["euler", "dpm"] | None = None
+    solver: Literal["euler", "dpm", "stochastic"] | None = None
     """As the LoRA was trained: the recipes for real models train with dpm; else euler."""
     resolution: int | None = None
     """Side of the pictures in px; else the model's own, though a LoRA may have been trained at another."""
@@ -101,8 +102,8 @@ class Score:
     reward: str
     """As in training: a name (`tdm-r1 rewards`), my_rewards.py:function, a server's URL, or a weighted sum."""
     prompts: Path | None = None
-    """A .txt with a line a picture in the order of their names (2.png before 10.png), or .jsonl rows with 'file',
-    'prompt' and metadata."""
+    """A .txt with a line a picture in the order of their names (2.png before 10.png), or .jsonl rows with 'file'
+    (or 'file_name'), 'prompt' and metadata."""
     out: Path | None = None
     """Write one JSON line a picture."""
     workers: int = 0
@@ -131,15 +132,15 @@ class ServeReward:
 
 @dataclass
 class ImportRelease:
-    """Turns the authors' released Z-Image checkpoint, a pickled list of tensors, into a LoRA for diffusers.
+    """Turns a checkpoint that the authors released (Z-Image: TDM-R1; SD3.5-Medium: TDM) into a LoRA for diffusers.
 
     Only tensors are unpickled; a file with anything else, or whose shapes do not fit, is refused. Not yet run on the
-    real file: compare pictures, since shapes alone cannot show that the order of the list is the one assumed.
+    real files: compare pictures, since shapes alone cannot show that the tensors have the assumed order.
     """
 
     checkpoint: Positional[Path]
-    """tdmr1_zimage_ema.ckpt."""
-    out: Path = Path("tdmr1_zimage_lora")
+    """tdmr1_zimage_ema.ckpt or tdm_sd3-5_lora.ckpt."""
+    out: Path = Path("released_lora")
     """The LoRA's folder."""
 
 
@@ -186,7 +187,12 @@ def main(argv: list[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     _quiet_libraries()
     try:
-        return _dispatch(args)
+        code = _dispatch(args)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # who reads has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at its end
+        return 141  # 128 + SIGPIPE, as of any program that is stopped so
     except (UserError, ValueError, FloatingPointError, OSError) as error:
         print(f"tdm-r1: {_one_line(error)}", file=sys.stderr)
         return 2
@@ -256,7 +262,7 @@ def _usage() -> str:
   rewards          the rewards that are known by name, and which of them work here
   score            scores of a folder of pictures
   serve-reward     a reward behind HTTP, in an environment of its own
-  import-release   the authors' Z-Image checkpoint as a LoRA for diffusers
+  import-release   the authors' checkpoints (Z-Image, SD3.5-Medium) as a LoRA for diffusers
   mini demo        the main job on the bundled mini model, with a before/after table and picture
   mini study       the same over seeds, filed in docs/results
   mini pretrain    make a mini base model from a seed
@@ -274,6 +280,8 @@ def _train(args: list[str], *, prog: str = "train") -> int:
 
     parse = partial(tyro.cli, TrainCommand, args=args[1:], prog=f"tdm-r1 {prog} {args[0]}")
     command = parse(default=TrainCommand(load_recipe(args[0])))
+    if command.start_from is not None and not command.resume:
+        raise UserError(f"--from = {command.start_from}: it goes with --resume")
     if command.resume:
         command = _resumed(command, parse)
     if prog == "distill" and command.config.algorithm != "tdm":
@@ -285,7 +293,7 @@ def _train(args: list[str], *, prog: str = "train") -> int:
         return 0
     from .trainer import train
 
-    train(command.config, resume=command.resume)
+    train(command.config, resume=command.resume, start_from=command.start_from)
     return 0
 
 
@@ -343,7 +351,10 @@ def _score(args: list[str]) -> int:
     from .rewards.commands import score_folder
 
     config = ScoringConfig(workers=command.workers, timeout=command.timeout, chunk=command.chunk)
-    score_folder(command.reward, command.images, command.prompts, command.out, config, Console())
+    scores = score_folder(command.reward, command.images, command.prompts, command.out, config, Console())
+    if all(math.isnan(value) for value in scores.values):
+        print("tdm-r1: no picture has a score", file=sys.stderr)
+        return 1
     return 0
 
 

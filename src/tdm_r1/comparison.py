@@ -22,11 +22,11 @@ from rich.progress import track
 from rich.table import Table
 
 from . import pictures
-from .checkpoint import write_text
 from .config import CONFIG_FILE, ModelConfig, RunConfig, dump, load_recipe, run_of
 from .errors import UserError
 from .evaluation import Embedder, Sampling, generate, mean_of
-from .lora_files import load_lora, lora_digest, lora_settings, with_strength
+from .files import write_text
+from .lora_files import adapter_for, load_lora, lora_digest, read_lora, with_strength
 from .mini import bundle
 from .randomness import torch_rng
 from .rewards import Scorer
@@ -35,7 +35,7 @@ from .rewards.scorer import parse
 from .rewards.scores import family_means, joined
 from .roles import Role, lora_roles
 from .tasks import read_prompts
-from .trainer import LOG, adapter_settings, load_backbones, load_task, resolve_model
+from .trainer import LOG, load_backbones, load_task, resolve_model
 
 if TYPE_CHECKING:
     from .cli import Eval
@@ -140,9 +140,7 @@ class Comparison:
         if not wanted:
             return
         student, teacher = load_backbones(self.config)
-        loras = [lora_settings(m.lora, strength=m.strength) for m in wanted if m.lora]
-        own = adapter_settings(self.config.model)
-        own.r = max([own.r, *(s.r for s in loras)])  # a run's LoRA is wider where it holds what was carried
+        own = adapter_for([read_lora(m.lora, strength=m.strength) for m in wanted if m.lora])
         roles = lora_roles(student, own, (Role.GENERATOR,), teacher=teacher)
         start, embed = roles.state(Role.GENERATOR), Embedder(student)
         embed.learn(["", *(self.prompts[i].text for m in wanted for i in self.missing(m, self.shard))])
@@ -154,7 +152,17 @@ class Comparison:
                 load_lora(roles, (Role.GENERATOR,), model.lora, own, strength=model.strength)
             for rows in self._batches(model):
                 texts = [self.prompts[i].text for i in rows]
-                images = generate(student, roles, model.sampling, embed, texts, x_1[rows], batch=len(rows))
+                images = generate(
+                    student,
+                    roles,
+                    model.sampling,
+                    embed,
+                    texts,
+                    x_1[rows],
+                    batch=len(rows),
+                    seed=self.config.evaluation.seed,
+                    numbers=rows,
+                )
                 self._still_mine(model)
                 for i, image in zip(rows, images, strict=True):
                     pictures.save_png(Image.fromarray(image), self.file(model, i))
@@ -395,7 +403,7 @@ def _comparisons(command: Eval, config: RunConfig, models: list[Model], console:
 def _on_prompts(config: RunConfig, path: Path) -> RunConfig:
     """The run's settings for an evaluation on every prompt of ``path``, one picture each."""
     n = len(read_prompts(path, "--metrics-prompts"))
-    task = {"task.name": "prompts", "task.prompts": path, "task.eval_prompts": None}
+    task = {"task.name": "prompts", "task.prompts": path, "task.eval_prompts": None, "task.weights": None}
     return config.override(task | {"evaluation.prompts": n, "evaluation.images_per_prompt": 1})
 
 

@@ -18,6 +18,7 @@ from .algorithms.tdm_r1 import BalanceConfig, SurrogateConfig
 from .errors import UserError
 from .recipes import recipe_names, recipe_text
 from .rewards import ScoringConfig
+from .settings import SHAPES_CHECKPOINT, STARTS_RUN, fixed_settings
 
 CONFIG_FILE = "config.yaml"  # in a run's folder
 TaskName = Literal["mini", "mini_signs", "prompts", "geneval"]
@@ -29,9 +30,15 @@ class LoraSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    rank: int = Field(32, ge=1, description="Published.")
-    alpha: int = Field(64, ge=1, description="Published (the official Z-Image LoRA).")
-    targets: tuple[str, ...] = Field(LORA_TARGETS, description="Modules by the end of their names. Ours: attention.")
+    rank: int = Field(32, ge=1, description="Published.", json_schema_extra=SHAPES_CHECKPOINT)
+    alpha: int = Field(
+        64, ge=1, description="Published (the official Z-Image LoRA).", json_schema_extra=SHAPES_CHECKPOINT
+    )
+    targets: tuple[str, ...] = Field(
+        LORA_TARGETS,
+        description="Modules by the end of their names. Ours: attention.",
+        json_schema_extra=SHAPES_CHECKPOINT,
+    )
 
 
 class ModelConfig(BaseModel):
@@ -43,15 +50,22 @@ class ModelConfig(BaseModel):
         "mini", description="'mini', 'mini_signs', a hub id or a folder with a diffusers pipeline: student and teacher."
     )
     teacher: str | None = Field(None, description="Another pipeline as teacher, if the student's base differs.")
-    student_lora: str | None = Field(None, description="A LoRA, by folder or hub id, that the generator starts from.")
+    student_lora: str | None = Field(
+        None,
+        description="A LoRA, by folder or hub id, that the generator starts from.",
+        json_schema_extra=STARTS_RUN,
+    )
     student_lora_scale: float | None = Field(
         None,
         gt=0,
+        json_schema_extra=STARTS_RUN,
         description="Strength at which student_lora is meant to be loaded, where its publisher names one (TDM-SD3: "
         "0.125); needed for a file without adapter metadata.",
     )
     fake_lora: str | None = Field(
-        None, description="A LoRA folder that the fake score starts from; else the model at `path`."
+        None,
+        description="A LoRA folder that the fake score starts from; else the model at `path`.",
+        json_schema_extra=STARTS_RUN,
     )
     max_sequence_length: int = Field(256, ge=1, le=512, description="Tokens of a prompt; a mini model knows its own.")
     t5: bool = Field(
@@ -62,7 +76,11 @@ class ModelConfig(BaseModel):
     device: str = Field(
         "auto", description="auto, cpu or cuda; CUDA_VISIBLE_DEVICES says which GPU, to rewards in the process too."
     )
-    roles: Literal["lora", "full"] = Field("lora", description="Adapters on one backbone, or a copy for each role.")
+    roles: Literal["lora", "full"] = Field(
+        "lora",
+        description="Adapters on one backbone, or a copy for each role.",
+        json_schema_extra=SHAPES_CHECKPOINT,
+    )
     merge: bool = Field(
         False,
         description="Run roles that need no gradient as merged copies: faster for small models, costs memory; in "
@@ -125,7 +143,7 @@ class EvalConfig(BaseModel):
     every: int = Field(50, ge=0, description="Iterations between evaluations, 0 for the start and the end alone.")
     prompts: int = Field(150, ge=1)
     images_per_prompt: int = Field(4, ge=1, description="GenEval's 4.")
-    seed: int = Field(1234, description="Of the evaluation's noise; training never uses it.")
+    seed: int = Field(1234, ge=0, description="Of the evaluation's noise; training never uses it.")
     grid_prompts: int = Field(12, ge=0, description="Pictures in the sample grid.")
     also: tuple[Literal["mini", "mini_signs"], ...] = Field(
         (), description="Other tasks whose metrics are reported as task/metric: what training on one does to another."
@@ -137,14 +155,15 @@ class RunConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    algorithm: Literal["tdm_r1", "tdm"] = "tdm_r1"
+    algorithm: Literal["tdm_r1", "tdm"] = Field("tdm_r1", json_schema_extra=SHAPES_CHECKPOINT)
     name: str = Field("run", description="The run's folder inside `output`.")
     output: Path = Path("runs")
-    seed: int = 0
+    seed: int = Field(0, ge=0, description="Of prompts, noise and the adapters' start.")
     iterations: int = Field(100, ge=1)
     save_every: int = Field(25, ge=1, description="Iterations between checkpoints.")
     distill_with: str | None = Field(
         None,
+        json_schema_extra=STARTS_RUN,
         description="A recipe of tdm that makes the few-step start first, in the run's folder; not needed where "
         "model.student_lora or a few-step model.path is the start.",
     )
@@ -188,6 +207,7 @@ class RunConfig(BaseModel):
             raise ValueError(
                 f"batch.trained = {self.batch.trained} is more than batch.group = {self.batch.group}: lower it"
             )
+        self._check_samples()
         if self.surrogate.carried and self.model.roles == "full":
             raise ValueError(
                 f"surrogate.carried = {self.surrogate.carried}: adapters carry; set it to 0 with model.roles = full"
@@ -215,9 +235,25 @@ class RunConfig(BaseModel):
                 f"task.name = {name!r} with task.prompts = {self.task.prompts}: a file of prompts goes with "
                 "task.name = prompts, which needs one, or geneval"
             )
+        if self.task.weights is not None and name in ("mini_signs", "prompts"):
+            raise ValueError(
+                f"task.weights = {self.task.weights} with task.name = {name!r}, which has no families of prompts: set "
+                "task.weights to null (--task.weights None)"
+            )
         if self.task.eval_prompts is not None and name != "prompts":
             raise ValueError(f"task.eval_prompts goes with task.name = prompts, not with {name!r}")
         return self
+
+    def _check_samples(self) -> None:
+        """What an iteration's number of samples must allow."""
+        b = self.batch
+        if self.algorithm == "tdm_r1" and b.trained == 1:
+            raise ValueError("batch.trained = 1: one sample of a group has nothing to be compared with; use 2 or more")
+        if self.tdm.fake_scores == "two" and b.prompts * (b.trained or b.group) < 2:
+            raise ValueError(
+                "tdm.fake_scores = two with one sample an iteration: each fake score learns from half of them; raise "
+                "batch.prompts or batch.group, or set tdm.fake_scores to one"
+            )
 
     def _check_precision(self) -> None:
         """What is added to a copy of the backbone's weights is rounded as they are."""
@@ -238,6 +274,8 @@ class TrainCommand:
     config: Annotated[RunConfig, tyro.conf.arg(name="")]
     dry_run: bool = False
     """Print the resolved configuration and what it will need of a GPU, and stop; needs neither GPU nor hub."""
+    start_from: Annotated[int | None, tyro.conf.arg(name="from")] = None
+    """With --resume: go on from the checkpoint of this iteration instead of the last one; later ones are removed."""
     resume: bool = False
     """Go on from the run's last checkpoint, with the run's own settings but for those that are given here."""
 
@@ -289,6 +327,26 @@ def differences(old: RunConfig, new: RunConfig) -> list[tuple[str, Any, Any]]:
     """(dotted name, old value, new value) of each setting that is not the same; where the folder is does not count."""
     a, b = (_flat(config.model_dump(mode="json", exclude={"output", "name"})) for config in (old, new))
     return [(name, a.get(name), b.get(name)) for name in a | b if a.get(name) != b.get(name)]
+
+
+def require_same_run(before: RunConfig, now: RunConfig) -> None:
+    """Raises UserError if a resumed run changes what it cannot: which weights its checkpoint holds, or its start."""
+    shaping, starting = (fixed_settings(RunConfig, mark) for mark in (SHAPES_CHECKPOINT, STARTS_RUN))
+    for name, old, new in differences(before, now):
+        if name in shaping:
+            raise UserError(
+                f"{name} = {new!r}: the run was started with {old!r}, and its checkpoints hold weights for that; leave "
+                f"{name} as it was, or start a new run with --model.student-lora {now.folder / 'lora'}"
+            )
+        if name in starting and not _same_path(old, new):
+            raise UserError(
+                f"{name} = {new!r}: the run was started with {old!r}, and a start is not made again on --resume; leave "
+                f"{name} as it was, or start a new run"
+            )
+
+
+def _same_path(one: Any, other: Any) -> bool:
+    return isinstance(one, str) and isinstance(other, str) and Path(one).resolve() == Path(other).resolve()
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -68,6 +68,21 @@ def _of_prompts(velocity: Velocity, c: Conditioning, x_t: Tensor, t: Tensor) -> 
     return velocity(x_t, t, c)
 
 
+@dataclass(frozen=True)
+class SolverNoise:
+    """The noise that a stochastic solver adds to pictures, whatever batch they are sampled in."""
+
+    seed: int
+    numbers: Sequence[int]  # of the pictures
+    shape: tuple[int, int, int]  # of a picture's latents
+
+    def __call__(self, step: int) -> Tensor:
+        """[B, C, h, w] for a step of the solver."""
+        return torch.stack(
+            [torch.randn(self.shape, generator=torch_rng(self.seed, i, f"solver step {step}")) for i in self.numbers]
+        )
+
+
 @torch.no_grad()  # sampling
 def generate(
     backbone: Backbone,
@@ -78,8 +93,16 @@ def generate(
     x_1: Tensor,
     *,
     batch: int,
+    seed: int,
+    numbers: Sequence[int] | None = None,
 ) -> np.ndarray:
-    """Pictures, uint8 [B, H, W, 3], of B prompts from noise ``x_1`` [B, C, h, w], ``batch`` at a time."""
+    """Pictures, uint8 [B, H, W, 3], of B prompts from noise ``x_1`` [B, C, h, w], ``batch`` at a time.
+
+    Args:
+        seed, numbers: the stochastic solver's noise depends on these alone: the seed, and each picture's number; their
+            order if None.
+    """
+    numbers = range(len(x_1)) if numbers is None else numbers
     grid = flow.few_step_grid(sampling.steps, sampling.shift)
     chunks = []
     for start in range(0, len(x_1), batch):
@@ -87,7 +110,7 @@ def generate(
         x = x_1[start : start + batch].to(c.embeds.device)
         with roles.use(sampling.role) as velocity:
             field_of = guided(velocity, embed([""]), sampling.guidance)
-            noise = torch_rng(0, start, "stochastic sampler")
+            noise = SolverNoise(seed, numbers[start : start + batch], backbone.latent_shape)
             final = solvers.sample(
                 partial(_of_prompts, field_of, c), x, grid, solver=sampling.solver, noise=noise
             ).final
@@ -133,7 +156,7 @@ class Evaluator:
         also: Mapping[str, Task] | None = None,
     ) -> None:
         self.backbone, self.roles, self.embed, self.task, self.scorer = backbone, roles, embed, task, scorer
-        self.images_per_prompt, self.batch = images_per_prompt, batch
+        self.images_per_prompt, self.batch, self.seed = images_per_prompt, batch, seed
         self.also = also or {}
         self.prompts = self._repeated(task.eval_prompts(prompts))
         self.others = {name: self._repeated(other.eval_prompts(prompts)) for name, other in self.also.items()}
@@ -146,7 +169,9 @@ class Evaluator:
 
     def _sample(self, sampling: Sampling, prompts: list[Prompt]) -> np.ndarray:
         texts = [p.text for p in prompts]
-        return generate(self.backbone, self.roles, sampling, self.embed, texts, self.x_1, batch=self.batch)
+        return generate(
+            self.backbone, self.roles, sampling, self.embed, texts, self.x_1, batch=self.batch, seed=self.seed
+        )
 
     def __call__(self, sampling: Sampling) -> Evaluation:
         self.embed.learn(["", *(p.text for p in self.prompts)])  # not part of the seconds that follow

@@ -81,11 +81,7 @@ def _asked(prompt: Prompt) -> tuple[str, frozenset[str]]:
 
 def read_metadata(path: Path) -> list[Prompt]:
     """Prompts in GenEval's format. Raises ValueError naming the line and what is wrong with it."""
-    prompts = read_prompts(path, "task.prompts")
-    for number, prompt in enumerate(prompts, start=1):
-        if why := why_not(prompt.metadata):
-            raise ValueError(f"{path}:{number}: {why}")
-    return prompts
+    return read_prompts(path, "task.prompts", why_not)
 
 
 def make_prompt(tag: str, rng: np.random.Generator) -> Prompt:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from .files import whole_file
+
 
 def save_png(image: Image.Image, path: Path) -> None:
     """Writes a PNG so that it appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    image.save(partial, format="PNG")
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        image.save(partial, format="PNG")
 
 
 def grid(rows: Sequence[tuple[str, np.ndarray]], captions: Sequence[str], *, tile: int | None = None) -> Image.Image:
@@ -75,10 +74,8 @@ def curves(history: Sequence[dict[str, float]], path: Path) -> None:
         axis.plot(*zip(*points, strict=True), marker="." if len(points) < 30 else "", linewidth=1)
         axis.set_title(name, fontsize=9)
         axis.tick_params(labelsize=7)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, format="png", dpi=80)
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        figure.savefig(partial, format="png", dpi=80)
 
 
 def _order(name: str) -> tuple[int, str]:

@@ -22,7 +22,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from . import flow
-from .backbones import Backbone, Velocity
+from .backbones import Backbone, Conditioning, Velocity
 
 
 class Role(StrEnum):
@@ -96,6 +96,9 @@ class Roles:
         self._layers = {key: list(layers.values()) for key, layers in adapted.items()}
         self._base = {key: [layer.base_layer.weight.data for layer in layers] for key, layers in self._layers.items()}
         self._made: dict[tuple[Role, bool], tuple[list[int], list[Tensor]]] = {}  # `_made_once`
+        self._in_use: dict[int, object] = {}  # by transformer: the innermost `use`
+        hosts = {id(seat.transformer): seat.transformer for seat in self._seats.values()}.values()
+        self.tf32 = any(p.dtype != torch.float32 and p.is_cuda for host in hosts for p in host.parameters())
         self._active: dict[int, Acting] = {}  # the active adapters of each transformer that has some
         self._weights = {role: dict(self._named(seat)) for role, seat in self._seats.items()}
         for role, weights in self._weights.items():
@@ -115,8 +118,7 @@ class Roles:
 
     def _owns(self, role: Role) -> bool:
         """Whether the role has weights of its own, rather than a frozen backbone's."""
-        seat = self._seats[role]
-        return seat.adapter is not None or not self._layers[id(seat.transformer)]
+        return role is not Role.TEACHER
 
     @staticmethod
     def _named(seat: Seat) -> Iterator[tuple[str, nn.Parameter]]:
@@ -130,7 +132,9 @@ class Roles:
 
     @contextmanager
     def use(self, role: Role) -> Iterator[Velocity]:
-        """Puts ``role`` on stage and yields its velocity field; restores what was there before.
+        """Activates ``role`` and yields its velocity field; restores the role that was active before.
+
+        The velocity may be called in this context alone, outside of any `use` of the same transformer within it.
 
         Finish the backward inside the context where the role carries another, and when gradient checkpointing is on:
         afterwards the layers have other weights, and recomputation runs through whichever adapter is active then.
@@ -143,11 +147,34 @@ class Roles:
             self._bring_copy_up_to_date(role)
         self._activate(seat.transformer, () if merge else self._acting(role))
         self._set_base(key, self._merged_weights(role) if merge else self._carrying_weights(role))
+        outer, here = self._in_use.get(key), object()
+        self._in_use[key] = here
+        field = self._velocity_of(seat.transformer)
+
+        def velocity(x_t: Tensor, t: Tensor, c: Conditioning) -> Tensor:
+            if self._in_use.get(key) is not here:
+                raise RuntimeError(f"the velocity of role {role} is called where its transformer acts as another role")
+            return field(x_t, t, c)
+
         try:
-            yield self._velocity_of(seat.transformer)
+            with self._adapters_in_tf32():
+                yield velocity
         finally:
+            self._in_use[key] = outer
             self._set_base(key, weights)
             self._activate(seat.transformer, before)
+
+    @contextmanager
+    def _adapters_in_tf32(self) -> Iterator[None]:
+        """TensorFloat32 for the float32 adapters on a bfloat16 backbone, and for nothing outside: rewards in this
+        process compute in float32."""
+        before = torch.get_float32_matmul_precision()
+        if self.tf32:
+            torch.set_float32_matmul_precision("high")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
 
     def _far(self, role: Role) -> bool:
         """Whether the adapter that the role carries sits on another backbone: a copy of it, of the same name, has to

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
-from peft import LoraConfig
 from PIL import Image
 from rich.console import Console
 
@@ -17,7 +16,7 @@ from .backbones import PipelineBackbone, load_backbone
 from .config import ModelConfig, RunConfig, run_of
 from .errors import UserError
 from .evaluation import Embedder, Sampling, generate
-from .lora_files import load_lora, lora_settings, with_strength
+from .lora_files import adapter_for, load_lora, read_lora, with_strength
 from .mini import bundle
 from .roles import Role, Roles, lora_roles
 from .solvers import Solver
@@ -59,7 +58,7 @@ class FewStepModel:
     ) -> None:
         name, strength = with_strength(str(lora)) if lora else (None, None)
         folder = name and bundle.student_path(name)
-        settings = lora_settings(folder, strength=strength) if folder else LoraConfig(r=1, target_modules=["to_q"])
+        settings = adapter_for([read_lora(folder, strength=strength)] if folder else [])
         model = ModelConfig(path=path, max_sequence_length=max_sequence_length)
         resolved, _, _, length = resolve_model(model)
         place = resolve_device(device)
@@ -85,7 +84,7 @@ class FewStepModel:
         """Pictures, uint8 [B, H, W, 3], one a prompt; the same seed and prompts give the same pictures."""
         self.embed.learn(["", *prompts])  # in one go: offloaded text encoders come once
         x_1 = torch.randn((len(prompts), *self.backbone.latent_shape), generator=torch.Generator().manual_seed(seed))
-        return generate(self.backbone, self.roles, self.sampling, self.embed, prompts, x_1, batch=16)
+        return generate(self.backbone, self.roles, self.sampling, self.embed, prompts, x_1, batch=16, seed=seed)
 
 
 def sample_command(command: Sample) -> None:

@@ -106,18 +106,20 @@ def sample(
     grid: Tensor,
     *,
     solver: Solver = "euler",
-    noise: torch.Generator | None = None,
+    noise: Callable[[int], Tensor] | None = None,
 ) -> Trajectory:
     """Integrates from noise ``x_1`` [B, ...] at grid[0] = 1 down to grid[K] = 0, keeping every point.
 
-    ``velocity(x_t, t)`` takes t [B] in [0, 1]. ``noise`` is needed by the stochastic solver alone.
+    Args:
+        velocity: ``velocity(x_t, t)`` takes t [B] in [0, 1].
+        noise: ``noise(i)`` is the noise [B, ...] of step i, which the stochastic solver alone asks for.
     """
     times = grid.to(x_1.device, flow.widen(x_1).dtype)
     x, last, t_last = x_1, None, times[0]
     points, clean = [x_1], []
-    for t, s in pairwise(times):
+    for i, (t, s) in enumerate(pairwise(times)):
         x0 = flow.x0_from_v(velocity(x, t.expand(len(x))), x, t)
-        eps = torch.randn(x.shape, generator=noise).to(x) if solver == "stochastic" else None
+        eps = noise(i).to(x) if noise and solver == "stochastic" else None
         x = solver_step(solver, x0, x0 if last is None else last, x, t_last, t, s, eps)
         last, t_last = x0, t
         points.append(x)

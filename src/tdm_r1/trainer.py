@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
-import shutil
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -20,17 +20,17 @@ from filelock import FileLock, Timeout
 from peft import LoraConfig
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from safetensors import SafetensorError
 from torch import Tensor
 
 from . import pictures
 from .algorithms.tdm import TDM, fake_roles
 from .algorithms.tdm_r1 import TDMR1
 from .backbones import PipelineBackbone, load_backbone
-from .checkpoint import load_state, save_state, write_text
-from .config import CONFIG_FILE, ModelConfig, RunConfig, TaskConfig, differences, dump, load_recipe
+from .checkpoint import DamagedError, load_state, save_state
+from .config import CONFIG_FILE, ModelConfig, RunConfig, TaskConfig, differences, dump, load_recipe, require_same_run
 from .errors import UserError
 from .evaluation import Embedder, Evaluation, Evaluator, Sampling, mean_of
+from .files import whole_folder, write_text
 from .geneval_task import GenEvalTask
 from .lora_files import load_lora
 from .mini import bundle
@@ -41,7 +41,7 @@ from .rewards.scores import joined
 from .roles import PHI, Carried, Role, Roles, full_roles, lora_roles
 from .tasks import Prompt, PromptFileTask, Task
 
-KEPT_CHECKPOINTS = 2
+KEPT_CHECKPOINTS = 3  # the last ones; the best evaluated one is kept beside them
 LOG = "metrics.jsonl"
 
 
@@ -52,8 +52,15 @@ def own_roles(config: RunConfig) -> tuple[Role, ...]:
 
 
 def resolve_device(name: str) -> str:
-    """``auto`` is the first GPU if there is one."""
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    """``auto`` is the first GPU if there is one. Raises UserError on a device that is not there."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).splitlines()[0]
+        raise UserError(f"model.device = {name!r} cannot be used: {why}; set it to auto or cpu") from error
+    return name
 
 
 def resolve_model(config: ModelConfig) -> tuple[str, str | Path | None, str | Path | None, int]:
@@ -64,7 +71,7 @@ def resolve_model(config: ModelConfig) -> tuple[str, str | Path | None, str | Pa
         return config.path, student, fake, config.max_sequence_length
     root = bundle.bundle_path(config.path)
     if config.student_lora == config.path:
-        student, fake = root / bundle.STUDENT_LORA, root / bundle.FAKE_LORA
+        student, fake = root / bundle.STUDENT_LORA, fake or root / bundle.FAKE_LORA
     return str(root), student, fake, bundle.MAX_SEQUENCE_LENGTH
 
 
@@ -157,6 +164,7 @@ class Run:
         self.by_function = reward is not None
         self.task = load_task(config.task)
         self.scorer = Scorer(config.reward, config.scoring, reward=reward)
+        self.scorer.check([*getattr(self.task, "prompts", ()), *self.task.eval_prompts(config.evaluation.prompts)])
         self.watch = Watch()
         self.told: set[str] = set()  # failures of the reward that were shown
         _, student, fake, _ = resolve_model(config.model)
@@ -244,14 +252,17 @@ class Run:
 
     # -------------------------------------------------------------------------------------- the loop
 
-    def fit(self, *, resume: bool = False, first: Evaluation | None = None) -> Evaluation | None:
+    def fit(
+        self, *, resume: bool = False, start_from: int | None = None, first: Evaluation | None = None
+    ) -> Evaluation | None:
         """Trains to the end, or to Ctrl-C, which finishes the iteration and saves. Returns the last evaluation.
 
         Args:
+            resume, start_from: see `open`.
             first: the evaluation of the start, where it has been made already.
         """
         with self._alone():
-            self.open(resume=resume)
+            self.open(resume=resume, start_from=start_from)
             evaluator = self.evaluator()
             with self._nothing_lost():
                 start = self._report(first or evaluator(self.few_step())) if self._due() else None
@@ -310,15 +321,29 @@ class Run:
         """Saves before an error for users ends the run; ends the reward's processes in any case."""
         try:
             yield
-        except UserError as error:
+        except (UserError, OSError) as error:
             if not self.iteration:
                 raise  # nothing to save
-            self.save()
+            raise UserError(f"{error}. {self._saved()} {self._going_on()}") from error
+        except FloatingPointError as error:  # what has diverged is not saved
+            saved = [iteration_of(path) for path in self.checkpoints()]
+            if not saved:
+                raise
             raise UserError(
-                f"{error}. Saved after iteration {self.iteration}; mend it first. {self._going_on()}"
+                f"{error}. {self._going_on()} --from ITERATION; there are checkpoints of {_listed(saved)}"
             ) from error
         finally:
             self.scorer.close()
+
+    def _saved(self) -> str:
+        """Saves once more, and says what there is to go on from."""
+        try:
+            self.save()
+        except OSError as error:
+            last = self.checkpoints()[-1:]
+            kept = f"the last whole one is {last[0]}" if last else "there is none yet"
+            return f"No checkpoint could be written ({error}); {kept}. Free some space first."
+        return f"Saved after iteration {self.iteration}; mend it first."
 
     @contextmanager
     def _progress(self) -> Iterator[tuple[Progress, Any]]:
@@ -376,11 +401,20 @@ class Run:
 
     # -------------------------------------------------------------------------------------- the folder
 
-    def open(self, *, resume: bool = False) -> None:
-        """Starts the run's folder, or goes on from its last checkpoint. Raises UserError where that cannot be."""
+    def open(self, *, resume: bool = False, start_from: int | None = None) -> None:
+        """Starts the run's folder, or goes on from a checkpoint. Raises UserError where that cannot be.
+
+        Args:
+            resume: go on from the last checkpoint.
+            start_from: the iteration of an earlier one to go on from instead; later ones are removed.
+        """
         require_startable(self.folder, resume=resume)
         if resume:
-            self._load_last()
+            _require_same_run(self.config)
+            if start_from is None:
+                self._load_last()
+            else:
+                self._load_earlier(start_from)
             self._tell_changes()
         else:
             (self.folder / LOG).unlink(missing_ok=True)  # of a run that ended before anything was saved
@@ -395,34 +429,38 @@ class Run:
             try:
                 self.load(path)
                 return
-            except SafetensorError as error:
-                self.console.print(f"{path} is damaged ({error}): trying the one before", style="yellow", markup=False)
+            except DamagedError as error:
+                self.console.print(f"{error}: trying the one before", style="yellow", markup=False)
         raise UserError(f"--resume: no checkpoint in {self.folder / 'checkpoints'} can be read; start another run")
+
+    def _load_earlier(self, iteration: int) -> None:
+        """Goes back to the checkpoint of an iteration and removes the later ones."""
+        saved = {iteration_of(path): path for path in self.checkpoints()}
+        if iteration not in saved:
+            raise UserError(
+                f"--from = {iteration}: {self.folder} has checkpoints of iterations {_listed(saved)}; name one of them"
+            )
+        self.load(saved[iteration])
+        for later in [path for i, path in saved.items() if i > iteration]:
+            later.unlink()
 
     def _tell_changes(self) -> None:
         """Shows what is not as it was when the run was started."""
-        try:
-            before = load_recipe(str(self.folder.resolve()))
-        except UserError:
-            return  # of another version, or gone
-        for name, old, new in differences(before, self.config):
-            self.console.print(f"{name} = {new!r} from here on ({old!r} before)", markup=False)
+        if (before := _as_started(self.folder)) is not None:
+            for name, old, new in differences(before, self.config):
+                self.console.print(f"{name} = {new!r} from here on ({old!r} before)", markup=False)
 
     def _log(self, metrics: dict[str, float]) -> None:
         row = {"iteration": self.iteration, "seconds": round(self.seconds, 2), "scored": self.scored} | {
-            k: round(v, 6) for k, v in metrics.items()
+            k: round(v, 6)
+            for k, v in metrics.items()
+            if math.isfinite(v)  # NaN is no JSON
         }
         with (self.folder / LOG).open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(row, allow_nan=False) + "\n")
 
     def _history(self) -> list[dict[str, float]]:
-        path = self.folder / LOG
-        lines = path.read_text().splitlines() if path.exists() else []
-        rows = [json.loads(line) for line in lines[:-1]]
-        try:
-            return rows + [json.loads(line) for line in lines[-1:]]
-        except json.JSONDecodeError:
-            return rows  # its last line was being written when the disk was full or the machine went down
+        return history_of(self.folder)
 
     def checkpoints(self) -> list[Path]:
         """The run's checkpoints, oldest first."""
@@ -439,13 +477,20 @@ class Run:
             "algorithm": self.algorithm.state(),
         }
         save_state(path, state)
+        best = max(self._history(), key=lambda row: row.get("eval/reward", -math.inf), default={}).get("iteration")
         for old in self.checkpoints()[:-KEPT_CHECKPOINTS]:
-            old.unlink()
+            if iteration_of(old) != best:
+                old.unlink()
 
     def load(self, path: Path) -> None:
         """Goes back to a checkpoint, and drops what the log holds from after it."""
         state = load_state(path)
         self.iteration, self.seconds, self.scored = state["iteration"], state["seconds"], state["scored"]
+        if wrong := set(map(str, own_roles(self.config))) ^ state["roles"].keys():
+            raise UserError(
+                f"{path} holds the weights of {', '.join(state['roles'])}; these settings differ in {min(wrong)}: "
+                "go on with the settings that the run was started with"
+            )
         for role in own_roles(self.config):
             self.roles.load(role, state["roles"][str(role)])
         self.algorithm.load_state(state["algorithm"])
@@ -456,15 +501,60 @@ class Run:
         """Writes the generator for plain diffusers: as a LoRA, with the fake score's for a later run beside it (of two,
         the earlier points'), or, where roles have weights of their own, as a whole transformer."""
         if self.config.model.roles == "full":
-            self.roles.transformer(Role.GENERATOR_EMA).save_pretrained(folder / "transformer")
+            with whole_folder(folder / "transformer") as partial:
+                self.roles.transformer(Role.GENERATOR_EMA).save_pretrained(partial)
             return
         for role, name in ((Role.GENERATOR_EMA, "lora"), (Role.FAKE, "lora_fake")):
-            self.backbone.save_lora(folder / name, *self.roles.exported(role, self.lora))
+            with whole_folder(folder / name) as partial:
+                self.backbone.save_lora(partial, *self.roles.exported(role, self.lora))
+
+
+def history_of(folder: Path) -> list[dict[str, float]]:
+    """The rows of a run's log."""
+    path = folder / LOG
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = [json.loads(line) for line in lines[:-1]]
+    try:
+        return rows + [json.loads(line) for line in lines[-1:]]
+    except json.JSONDecodeError:
+        return rows  # its last line was being written when the disk was full or the machine went down
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the run in a folder has come to its end and exported its weights. Half a run exports its weights too."""
+    exported = any((folder / made).is_dir() for made in ("lora", "transformer"))
+    if not exported or not (folder / CONFIG_FILE).is_file():
+        return False
+    done = max((int(row["iteration"]) for row in history_of(folder)), default=0)
+    return done >= load_recipe(str(folder.resolve())).iterations
 
 
 def checkpoints_of(folder: Path) -> list[Path]:
     """A run's checkpoints, oldest first."""
     return sorted((folder / "checkpoints").glob("iteration_*.safetensors"))
+
+
+def _as_started(folder: Path) -> RunConfig | None:
+    """The settings in a run's folder; None if they are gone or of another version."""
+    try:
+        return load_recipe(str(folder.resolve()))
+    except UserError:
+        return None
+
+
+def _require_same_run(config: RunConfig) -> None:
+    """Raises UserError if a resumed run changes what it cannot."""
+    if (before := _as_started(config.folder)) is not None:
+        require_same_run(before, config)
+
+
+def iteration_of(checkpoint: Path) -> int:
+    """The iteration after which a checkpoint was written."""
+    return int(checkpoint.stem.removeprefix("iteration_"))
+
+
+def _listed(iterations: Iterable[int]) -> str:
+    return ", ".join(map(str, sorted(iterations)))
 
 
 def require_startable(folder: Path, *, resume: bool) -> None:
@@ -476,10 +566,14 @@ def require_startable(folder: Path, *, resume: bool) -> None:
         raise UserError(f"{folder} already holds a run: go on with --resume, or give another --name or --output")
 
 
-def train(config: RunConfig, *, resume: bool = False, console: Console | None = None) -> Evaluation | None:
+def train(
+    config: RunConfig, *, resume: bool = False, start_from: int | None = None, console: Console | None = None
+) -> Evaluation | None:
     """`Run.fit`, after the distillation that makes the run's start, where the configuration names one."""
-    require_startable(config.folder, resume=resume)  # before weights are read
-    return Run(with_student(config, console), console=console).fit(resume=resume)
+    require_startable(config.folder, resume=resume)  # before weights are read or anything is distilled
+    if resume:
+        _require_same_run(config)
+    return Run(with_student(config, console), console=console).fit(resume=resume, start_from=start_from)
 
 
 def distillation(config: RunConfig) -> RunConfig:
@@ -505,13 +599,12 @@ def with_student(config: RunConfig, console: Console | None = None) -> RunConfig
         return config
     recipe = distillation(config)
     folder = recipe.folder
-    if not (folder / "lora").exists():
+    if not is_finished(folder):
         load_task(config.task)  # what is wrong with the run itself is better said now than after a distillation
         Scorer(config.reward, config.scoring).close()
         run = Run(recipe, console=console)
         run.fit(resume=bool(run.checkpoints()))
         if run.iteration < recipe.iterations:
-            shutil.rmtree(folder / "lora")  # of half a distillation
             raise UserError("the distillation was interrupted; the same command goes on with it")
     return config.override({"model.student_lora": str(folder / "lora"), "model.fake_lora": str(folder / "lora_fake")})
 

@@ -23,6 +23,7 @@ from .. import flow, losses, solvers
 from ..backbones import Conditioning, guided, in_parts
 from ..errors import UserError
 from ..roles import Role, Roles
+from ..settings import SHAPES_CHECKPOINT
 
 
 class SamplerConfig(BaseModel):
@@ -51,6 +52,7 @@ class OptimizerConfig(BaseModel):
     eight_bit: bool = Field(
         False,
         description="AdamW's averages in 8 bits (bitsandbytes): for full weights, not worth it for LoRA. Ours.",
+        json_schema_extra=SHAPES_CHECKPOINT,
     )
 
 
@@ -70,6 +72,7 @@ class TDMConfig(BaseModel):
     generator_ema_decay: float = Field(0.98, ge=0, lt=1, description="Of the weights that are exported. Ours.")
     fake_scores: Literal["one", "two"] = Field(
         "one",
+        json_schema_extra=SHAPES_CHECKPOINT,
         description="one: a fake score of all points of the trajectory (TDM). two: x_0 has its own, which sees what "
         "the final samples alone have become. Ours, docs/method.md.",
     )
@@ -114,7 +117,7 @@ RewardPart = Callable[[Tensor, Tensor, Conditioning], Tensor]
 """``(x_t, t, conditioning) -> [B, C, H, W]``: the reward's part of the generator's direction."""
 
 MAX_SKIPPED = 5  # updates
-TIME_MAX = 0.99  # t is drawn below it: at t = 1 every point of a trajectory is the same noise
+TIME_MAX = 0.99  # t is drawn below it where t_k is: at t = 1 every point of a trajectory is the same noise
 
 
 class TDM:
@@ -298,7 +301,8 @@ class TDM:
         low = trajectory.time(index + 1)
         high = trajectory.time(index) if noise_range == "interval" else torch.ones_like(low)
         low = torch.where(high > time_range[0], low.clamp_min(time_range[0]), low)
-        high = torch.where(low < time_range[1], high.clamp_max(time_range[1]), high).clamp_max(TIME_MAX)
+        high = torch.where(low < time_range[1], high.clamp_max(time_range[1]), high)
+        high = torch.minimum(high, ((1 + low) / 2).clamp_min(TIME_MAX))  # a grid of many steps has t_k above TIME_MAX
         return flow.uniform(len(index), low + 0.02 * (high - low), high, generator=noise)
 
     def micro_batches(self, rollout: Rollout) -> Iterator[Tensor]:
@@ -330,9 +334,13 @@ def few_step_sample(
 ) -> solvers.Trajectory:
     """The few-step trajectory of ``role``, without gradients where the caller says so, ``batch`` samples at a time."""
     grid = flow.few_step_grid(sampler.steps, sampler.shift)
+
+    def fresh(step: int) -> Tensor:
+        return torch.randn(x_1.shape, generator=noise)
+
     with roles.use(role) as velocity:
         v = in_parts(velocity, batch or len(x_1))
-        return solvers.sample(lambda x, t: v(x, t, c), x_1, grid, solver=sampler.solver, noise=noise)
+        return solvers.sample(lambda x, t: v(x, t, c), x_1, grid, solver=sampler.solver, noise=fresh)
 
 
 class Optimizer:
@@ -367,7 +375,7 @@ class Optimizer:
         if self.skipped == MAX_SKIPPED:
             raise FloatingPointError(
                 f"the gradient was not finite in {MAX_SKIPPED} updates in a row: the run has diverged; go on from an "
-                "earlier checkpoint with a lower learning rate or balance.scale"
+                "earlier checkpoint (--resume --from ITERATION) with a lower learning rate or balance.scale"
             )
         return norm
 
@@ -382,7 +390,11 @@ class Optimizer:
         return {"adamw": self.adamw.state_dict(), "steps": self.steps}
 
     def load_state(self, state: dict) -> None:
+        """Goes on from `state` with the settings of ``config``: AdamW's own loading would bring the saved ones back."""
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.adamw.param_groups]
         self.adamw.load_state_dict(state["adamw"])
+        for group, own in zip(self.adamw.param_groups, settings, strict=True):
+            group.update(own)
         self.steps = state["steps"]
 
 

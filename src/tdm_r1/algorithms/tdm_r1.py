@@ -21,6 +21,7 @@ from .. import flow, losses
 from ..advantages import group_advantages
 from ..backbones import Conditioning, in_parts
 from ..roles import Role, Roles
+from ..settings import SHAPES_CHECKPOINT
 from .tdm import TDM, Draw, Optimizer, OptimizerConfig, RewardPart, Rollout, SamplerConfig, TDMConfig
 
 
@@ -31,6 +32,7 @@ class SurrogateConfig(BaseModel):
 
     weights: Literal["lora", "full"] = Field(
         "lora",
+        json_schema_extra=SHAPES_CHECKPOINT,
         description="lora: an adapter on the backbone, published. full: a transformer of its own, as are its averages; "
         "it learns more and costs three copies; ours, docs/log.md. With model.roles = full it is full anyway.",
     )
@@ -128,6 +130,14 @@ class Balance:
     def __init__(self, config: BalanceConfig) -> None:
         self.config = config
         self.scale = config.scale
+
+    def state(self) -> dict[str, float]:
+        return {"scale": self.scale, "start": self.config.scale}
+
+    def load_state(self, state: dict[str, float]) -> None:
+        """Goes on with the controlled scale, unless the run now asks for another start. A fixed scale is a setting."""
+        if self.config.policy == "ratio" and state["start"] == self.config.scale:
+            self.scale = state["scale"]
 
     def update(self, reward_part: float, kl_part: float) -> None:
         if self.config.policy == "fixed" or not reward_part > 0:
@@ -361,13 +371,12 @@ class TDMR1:
         return losses.denoising(v_base, x_t, eps, s, t) - losses.denoising(v_phi, x_t, eps, s, t)
 
     def state(self) -> dict:
-        return {"tdm": self.tdm.state(), "surrogate": self.surrogate.state(), "scale": self.balance.scale}
+        return {"tdm": self.tdm.state(), "surrogate": self.surrogate.state(), "balance": self.balance.state()}
 
     def load_state(self, state: dict) -> None:
         self.tdm.load_state(state["tdm"])
         self.surrogate.load_state(state["surrogate"])
-        if self.balance.config.policy == "ratio":  # a fixed scale is a setting, not a state
-            self.balance.scale = state["scale"]
+        self.balance.load_state(state["balance"])
 
 
 class Probe:

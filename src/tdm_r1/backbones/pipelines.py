@@ -240,8 +240,6 @@ def load_backbone(
     if gradient_checkpointing:
         pipeline.transformer.enable_gradient_checkpointing()
     (pipeline.transformer if offload or beside else pipeline).to(device)
-    if dtype != torch.float32 and device.startswith("cuda"):
-        torch.set_float32_matmul_precision("high")  # the float32 adapters on it, in TensorFloat32
     return BACKBONES[type(pipeline)](
         pipeline,
         max_sequence_length=max_sequence_length,

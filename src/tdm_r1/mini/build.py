@@ -20,9 +20,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..checkpoint import write_text
 from ..config import CONFIG_FILE
 from ..errors import UserError
+from ..files import write_text
 from ..randomness import numpy_rng
 from . import autoencoder, bundle, features, pretrain, signs, text
 from .autoencoder import AutoencoderConfig

@@ -58,14 +58,14 @@ class PretrainConfig(BaseModel):
         return [world_of(tag).make_spec(tag, rng) for tag in drawn]
 
 
-def build_transformer() -> SD3Transformer2DModel:
+def build_transformer(layers: int = 6) -> SD3Transformer2DModel:
     """A fresh `SD3Transformer2DModel` of 3.5 M parameters over 16 image tokens, gates and output starting at zero."""
     model = SD3Transformer2DModel(
         sample_size=8,
         patch_size=2,
         in_channels=autoencoder.LATENT_CHANNELS,
         out_channels=autoencoder.LATENT_CHANNELS,
-        num_layers=6,
+        num_layers=layers,
         num_attention_heads=4,
         attention_head_dim=32,
         joint_attention_dim=2 * text.WIDTH,
@@ -87,9 +87,9 @@ def build_transformer() -> SD3Transformer2DModel:
 class MiniBase(nn.Module):
     """The parts of the base that pretraining trains, as one module."""
 
-    def __init__(self, vocabulary: text.CLIPTokenizer) -> None:
+    def __init__(self, vocabulary: text.CLIPTokenizer, *, layers: int = 6) -> None:
         super().__init__()
-        self.transformer = build_transformer()
+        self.transformer = build_transformer(layers)
         self.encoders = nn.ModuleList(text.build_text_encoder(vocabulary) for _ in range(2))
 
 

@@ -15,10 +15,10 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import pictures
-from ..checkpoint import write_text
 from ..config import RunConfig, load_recipe
 from ..errors import UserError
 from ..evaluation import Evaluation, Sampling
+from ..files import write_text
 from ..roles import Role
 from ..trainer import Run
 from .bundle import MODELS

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
@@ -89,8 +89,11 @@ def score_folder(
     wanted = prompts_of(images, files, prompts)
     if wanted is None:
         _require_blind(reward)
-    wanted = wanted or [Prompt("") for _ in files]
     scorer = Scorer(reward, config)
+    if wanted is None:
+        wanted = [Prompt("") for _ in files]
+    else:
+        scorer.check(wanted)
     chunks = []
     try:
         step = config.chunk * max(config.workers, 1)  # a chunk for every worker
@@ -140,6 +143,7 @@ def picture_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise UserError(f"images = {str(folder)!r}: no such folder")
     found = [f for f in folder.rglob("*") if f.suffix.lower() in PICTURES and not _is_overview(f)]
+    found = [f for f in found if not any(_is_hidden(part) for part in f.relative_to(folder).parts)]
     files = sorted(found, key=lambda file: _natural(file.relative_to(folder).as_posix()))
     if not files:
         raise UserError(f"images = {str(folder)!r} holds no pictures ({', '.join(PICTURES)})")
@@ -151,18 +155,23 @@ def _is_overview(file: Path) -> bool:
     return (file.parent / "metadata.jsonl").is_file() and (file.parent / "samples").is_dir()
 
 
+def _is_hidden(name: str) -> bool:
+    """Hidden files and folders, and what macOS puts beside pictures in archives and on foreign disks (``._0.png``)."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
 def _natural(name: str) -> list[str | int]:
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def prompts_of(folder: Path, files: Sequence[Path], path: Path | None) -> list[Prompt] | None:
-    """The prompt of each picture: a line each in the order of names, or a row whose ``file`` is the picture's path in
-    the folder (its name alone will do where no other picture has it). Without a file of prompts those that lie beside
-    the pictures in GenEval's layout, or None."""
+    """The prompt of each picture: a line each in the order of names, or a row whose ``file`` or ``file_name`` is the
+    picture's path in the folder (its name alone will do where no other picture has it). Without a file of prompts those
+    that lie beside the pictures in GenEval's layout, or None."""
     if path is None:
         return _geneval_prompts(files)
     prompts = PromptFileTask(path).prompts
-    if any("file" in p.metadata for p in prompts):
+    if any(_file_of(p) is not None for p in prompts):
         return _prompts_by_file(folder, files, prompts, path)
     if len(prompts) != len(files):
         raise UserError(
@@ -172,10 +181,16 @@ def prompts_of(folder: Path, files: Sequence[Path], path: Path | None) -> list[P
     return prompts
 
 
+def _file_of(prompt: Prompt) -> str | None:
+    """The picture that a row names: ``file``, or ``file_name`` as in an image folder of Hugging Face datasets."""
+    found = prompt.metadata.get("file", prompt.metadata.get("file_name"))
+    return None if found is None else str(found)
+
+
 def _prompts_by_file(folder: Path, files: Sequence[Path], prompts: Sequence[Prompt], path: Path) -> list[Prompt]:
     named: dict[str, Prompt] = {}
     for p in prompts:
-        name = p.metadata.get("file")
+        name = _file_of(p)
         if name is None or name in named:
             what = f"two rows with file = {name!r}" if name else f"a row without file, of the prompt {p.text!r}"
             raise UserError(f"prompts = {str(path)!r} has {what}: give one row for each picture")
@@ -210,8 +225,8 @@ def _read(file: Path) -> np.ndarray | str:
     """A picture, or why there is none."""
     try:
         with Image.open(file) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))  # upright, as viewers show it
+    except Exception as error:  # decoders of damaged files raise SyntaxError, struct.error and others
         return f"{str(file)!r} cannot be read as a picture: {error}"
 
 

@@ -59,10 +59,12 @@ def why_not(metadata: Mapping[str, Any]) -> str:
     """What keeps a row from being GenEval's metadata; empty if nothing does."""
     if metadata.get("tag") not in TAGS:
         return f"tag = {metadata.get('tag')!r}: expected one of {', '.join(TAGS)}"
-    include = metadata.get("include")
-    if not include:
-        return "no include: expected a list of what the picture has to show"
-    for i, part in enumerate([*include, *metadata.get("exclude", [])]):
+    include, exclude = metadata.get("include"), metadata.get("exclude") or []
+    if not include or not isinstance(include, list) or not isinstance(exclude, list):
+        return "include and exclude: expected lists of what the picture has to show and must not, include not empty"
+    for i, part in enumerate([*include, *exclude]):
+        if not isinstance(part, dict):
+            return f"include: {part!r} is no object: expected {{'class': ..., 'count': ...}}"
         if part.get("class") not in CLASSES:
             return f"class = {part.get('class')!r} is none of GenEval's {len(CLASSES)}"
         if not isinstance(part.get("count"), int) or part["count"] < 1:
@@ -70,9 +72,13 @@ def why_not(metadata: Mapping[str, Any]) -> str:
         if "color" in part and part["color"] not in COLORS:
             return f"color = {part['color']!r}: expected one of {', '.join(COLORS)}"
         if "position" in part:
-            relation, anchor = part["position"]
-            if relation not in RELATIONS or not 0 <= anchor < min(i, len(include)):
-                return f"position = {part['position']!r}: expected one of {', '.join(RELATIONS)} and an earlier object"
+            position = part["position"]
+            pair = position if isinstance(position, list) and len(position) == 2 else (None, None)
+            if pair[0] not in RELATIONS or type(pair[1]) is not int or not 0 <= pair[1] < min(i, len(include)):
+                return (
+                    f"position = {position!r}: expected [RELATION, NUMBER], one of {', '.join(RELATIONS)} and the "
+                    "number of an earlier object of include, from 0"
+                )
     return ""
 
 
@@ -104,7 +110,7 @@ def strict(detections: Sequence[Detection], metadata: Mapping[str, Any], color_o
         why = _why_not(part, found, matched, color_of)
         matched.append(None if why else found)
         reasons += [why] if why else []
-    for part in metadata.get("exclude", []):
+    for part in metadata.get("exclude") or []:
         n = len(objects.get(part["class"], []))
         if n >= part["count"]:
             reasons.append(f"expected fewer than {part['count']} {part['class']}, found {n}")

@@ -247,10 +247,11 @@ class RemoteReward:
     """
 
     def __init__(self, url: str, *, timeout: float, chunk: int, connections: int = 2) -> None:
-        self.url, self.timeout, self.chunk, self.connections = url.rstrip("/"), timeout, chunk, connections
+        self.url = url.rstrip("/").removesuffix("/score")
+        self.timeout, self.chunk, self.connections = timeout, chunk, connections
         loopback = is_loopback(urllib.parse.urlsplit(self.url).hostname or "")
         proxies = urllib.request.ProxyHandler({} if loopback else None)  # a proxy has no business with this machine
-        self._opener = urllib.request.build_opener(proxies)
+        self._opener = urllib.request.build_opener(proxies, _Redirects)
         self._pool = ThreadPoolExecutor(connections)
 
     def __call__(self, images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> Scores:
@@ -290,14 +291,45 @@ class RemoteReward:
         return b"".join(parts)
 
 
-def _scores_of(answer: dict[str, Any], n: int) -> Scores:
-    parts = {str(k): np.array(v, dtype=np.float64) for k, v in (answer.get("parts") or {}).items()}
-    failures = tuple(str(why) for why in answer.get("failures") or ())
-    return checked(Scores(answer["scores"], parts, failures), n)
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows 307 and 308 with the same body, to the same host alone: the request carries a token."""
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        old, new = urllib.parse.urlsplit(req.full_url), urllib.parse.urlsplit(newurl)
+        if code not in (307, 308) or (old.scheme, old.netloc) != (new.scheme, new.netloc):
+            return None
+        return urllib.request.Request(newurl, req.data, dict(req.header_items()))
+
+
+def _scores_of(answer: Any, n: int) -> Scores:
+    """Raises ValueError with the server's own reason, where it gives one, if the answer holds no scores."""
+    if not isinstance(answer, dict) or "scores" not in answer:
+        if reason := _own_reason(answer):
+            raise ValueError(reason)
+        have = f"an object with {', '.join(answer) or 'nothing'}" if isinstance(answer, dict) else type(answer).__name__
+        raise ValueError(f"the answer is {have}; expected an object with 'scores', a list of {n} numbers")
+    if not isinstance(answer["scores"], list):
+        raise ValueError(f"the answer's scores are {str(answer['scores'])[:60]}; expected a list of {n} numbers")
+    failures = [str(why) for why in answer.get("failures") or ()]
+    parts = {}
+    for name, values in (answer.get("parts") or {}).items():
+        if isinstance(values, list) and len(values) == n:
+            parts[str(name)] = np.array(values, dtype=np.float64)
+        else:
+            failures.append(f"the part {name!r} was left out: it is no list of {n} numbers")
+    return checked(Scores(np.array(answer["scores"], dtype=object), parts, tuple(failures)), n)
 
 
 def _reason(error: urllib.error.HTTPError) -> str:
     try:
-        return str(json.loads(error.read(4096))["error"])
-    except Exception:  # not our server's answer
+        return _own_reason(json.loads(error.read(4096))) or str(error.reason)
+    except Exception:  # not JSON
         return str(error.reason)
+
+
+def _own_reason(answer: Any) -> str:
+    """What a server says went wrong: ``error``, or ``detail`` as FastAPI has it; empty if it says nothing."""
+    said = answer.get("error") or answer.get("detail") if isinstance(answer, dict) else None
+    if isinstance(said, list):  # FastAPI's complaints about fields
+        return "; ".join(f"{'.'.join(map(str, d['loc']))}: {d['msg']}" if "msg" in d else str(d) for d in said)
+    return str(said) if said else ""

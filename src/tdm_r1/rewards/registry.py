@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .scores import Reward
 
@@ -25,6 +26,7 @@ class Entry:
         weights: what is downloaded on first use: hub ids, or ``OWNER/NAME:FILE`` for a file of it alone.
         environment: variables that have to be set.
         blind: whether it scores pictures without looking at their prompts.
+        check: raises UserError or ValueError if the reward cannot score a prompt with its metadata.
         licence: of weights or of the engine, as far as its authors state one.
     """
 
@@ -35,6 +37,7 @@ class Entry:
     weights: tuple[str, ...] = ()
     environment: tuple[str, ...] = ()
     blind: bool = False
+    check: Callable[[str, dict[str, Any]], object] | None = None
     licence: str = "Apache-2.0"
 
     def lacking(self) -> list[str]:
@@ -138,14 +141,27 @@ def _brisque() -> Reward:
     return Brisque()
 
 
+def _has_target(prompt: str, metadata: dict[str, Any]) -> None:
+    from .ocr import target_of
+
+    target_of(prompt, metadata)
+
+
+def _has_metadata(prompt: str, metadata: dict[str, Any]) -> None:
+    from .geneval_protocol import why_not
+
+    if why := why_not(metadata):
+        raise ValueError(f"{prompt!r}: {why}")
+
+
 def _ocr_entry(summary: str, make: Callable[[], Reward]) -> Entry:
     modules = ("rapidocr", "onnxruntime", "rapidfuzz")
-    return Entry(summary, make, "ocr", modules, licence="Apache-2.0 (PP-OCR)")
+    return Entry(summary, make, "ocr", modules, check=_has_target, licence="Apache-2.0 (PP-OCR)")
 
 
 def _geneval_entry(summary: str, make: Callable[[], Reward]) -> Entry:
     weights = ("facebook/mask2former-swin-small-coco-instance", "openai/clip-vit-large-patch14")
-    return Entry(summary, make, weights=weights, licence="MIT (CLIP); see the detector's card")
+    return Entry(summary, make, weights=weights, check=_has_metadata, licence="MIT (CLIP); see the detector's card")
 
 
 def _hps_entry(summary: str, make: Callable[[], Reward], version: str) -> Entry:

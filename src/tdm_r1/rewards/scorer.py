@@ -14,7 +14,7 @@ from ..errors import UserError
 from ..groups import spread, standardized
 from ..tasks import Prompt
 from .http import RemoteReward
-from .registry import load_reward
+from .registry import BUILT_IN, load_reward
 from .scores import Reward, Scores, attempt
 from .workers import Workers
 
@@ -100,6 +100,18 @@ class Scorer:
     def __call__(self, images: np.ndarray, prompts: Sequence[Prompt]) -> Scores:
         """Scores pictures, uint8 [B, H, W, 3], with the weighted sum as it is, whatever training normalises."""
         return self.total(self.each(images, prompts))
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Raises UserError if a reward cannot score one of ``prompts``, before anything is trained on them."""
+        for term in self.terms:
+            check = BUILT_IN[term.name].check if term.name in BUILT_IN else None
+            if check is None:
+                continue
+            for number, prompt in enumerate(prompts, start=1):
+                try:
+                    check(prompt.text, prompt.metadata)
+                except (UserError, ValueError) as error:
+                    raise UserError(f"reward = {term.name!r} cannot score prompt {number}: {error}") from error
 
     def each(self, images: np.ndarray, prompts: Sequence[Prompt]) -> list[Scores]:
         """The scores of every term."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -40,21 +41,40 @@ def missing(n: int, why: str) -> Scores:
     return Scores(np.full(n, np.nan), {}, (why,))
 
 
-def checked(given: Scores | Sequence[float | None] | np.ndarray, n: int) -> Scores:
-    """What a reward gave for ``n`` samples, as Scores; what no float32 can hold becomes missing. Raises ValueError if
-    it broke its contract."""
+def checked(given: Any, n: int) -> Scores:
+    """What a reward gave for ``n`` samples, as Scores; what no float32 can hold becomes missing.
+
+    Tensors of any kind, columns [n, 1], generators and flow_grpo's ``(scores, info)`` are taken as what they mean.
+    Raises ValueError if there is not one number for each sample.
+    """
+    if inspect.iscoroutine(given):
+        given.close()
+        raise ValueError("the reward is an async function: give an ordinary one")
+    if isinstance(given, Mapping):
+        raise ValueError(f"the reward returned a dict of {', '.join(map(str, given))}: return one score for each image")
+    if isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], Mapping):
+        given = given[0]
     given = given if isinstance(given, Scores) else Scores(_column(given, n, "scores"))
     parts = {name: _column(part, n, f"values of the part {name!r}") for name, part in given.parts.items()}
     return Scores(_column(given.values, n, "scores"), parts, tuple(given.failures))
 
 
-def _column(values: Sequence[float | None] | np.ndarray, n: int, what: str) -> np.ndarray:
-    given = np.asarray(values, dtype=object)
-    if given.shape != (n,):
-        raise ValueError(f"the reward returned {what} of shape {given.shape} for {n} pictures: one each is needed")
-    column = np.array([np.nan if v is None else float(v) for v in given], dtype=np.float64)
+def _column(values: Any, n: int, what: str) -> np.ndarray:
+    given = _numbers(list(values) if inspect.isgenerator(values) else values)
+    if given.shape not in ((n,), (n, 1)):
+        raise ValueError(f"the reward returned {what} of shape {given.shape} for {n} images: one each is needed")
+    column = np.array([np.nan if v is None else float(v) for v in given.reshape(n)], dtype=np.float64)
     column[~(np.abs(column) <= np.finfo(np.float32).max)] = np.nan
     return column
+
+
+def _numbers(values: Any) -> np.ndarray:
+    """An array of whatever the reward gave, tensors on any device and with gradients among it; dtype object."""
+    if hasattr(values, "detach"):  # a torch tensor; this module does without torch
+        values = values.detach().cpu().double().numpy()
+    if isinstance(values, list | tuple) and any(hasattr(v, "detach") for v in values):
+        values = [_numbers(v).tolist() for v in values]
+    return np.asarray(values, dtype=object)
 
 
 def attempt(reward: Reward, images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> Scores:
@@ -63,7 +83,7 @@ def attempt(reward: Reward, images: np.ndarray, prompts: list[str], metadata: li
     A UserError passes: it says that the input is wrong, which no later batch will mend.
     """
     try:
-        return checked(reward(images, prompts, metadata), len(images))
+        return checked(reward(images.copy(), prompts, metadata), len(images))  # it may write into them
     except UserError:
         raise
     except (Exception, SystemExit) as error:  # a black box may raise anything

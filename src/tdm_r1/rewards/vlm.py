@@ -23,7 +23,9 @@ Judge how well the picture shows what the text asks for (objects, their number, 
 how good it looks. Give a few words on each, then end with one line:
 Final Score: x
 where x is a number from 1 (poor) to 5 (excellent)."""
-SCORE = re.compile(r"Final Score:\s*\**\s*([-+]?\d+(?:\.\d+)?)(?:\s*/\s*(\d+))?", re.IGNORECASE)
+SCORE = re.compile(
+    r"Final Score[\s*_]*:[\s*_]*([-+]?\d+(?:\.\d+)?)[*_]*(?:\s*(?:/|(?:out\s+)?of\b)[\s*_]*(\d+))?", re.IGNORECASE
+)
 
 
 def final_score(answer: str) -> float | None:

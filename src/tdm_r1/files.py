@@ -1,0 +1,66 @@
+"""Files and folders that appear whole or not at all, also where several processes write them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yields a file to write that becomes ``path`` when the block ends without an error, and is removed otherwise.
+
+    Raises OSError where it cannot be written, whichever library wrote.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = _beside(path)
+    try:
+        with _told(path):
+            yield partial
+            with partial.open("rb+") as file:
+                os.fsync(file.fileno())  # a file that is there by name is there in whole, also after a power cut
+            os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """The same for a folder; an older one of that name is replaced."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial, old = _beside(path), path.with_name(f"{path.name}.old")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        with _told(path):
+            yield partial
+            shutil.rmtree(old, ignore_errors=True)
+            if path.exists():
+                os.replace(path, old)
+            os.replace(partial, path)
+            shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file (UTF-8)."""
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f"{path.name}.{os.getpid()}.partial")
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except SafetensorError as error:  # of a full disk, for one
+        raise OSError(f"cannot write {path}: {error}") from error

@@ -1,0 +1,23 @@
+"""Settings that a run cannot change once it has begun, found by their mark in the schema."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, JsonValue
+
+# json_schema_extra of settings: those that say which weights a checkpoint holds, and those read at a run's start alone
+SHAPES_CHECKPOINT: dict[str, JsonValue] = {"fixed": "checkpoint"}
+STARTS_RUN: dict[str, JsonValue] = {"fixed": "start"}
+
+
+def fixed_settings(model: type[BaseModel], mark: dict[str, JsonValue], prefix: str = "") -> set[str]:
+    """Dotted names of the settings with a mark, in a schema and the groups inside it."""
+    found = set()
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found |= fixed_settings(field.annotation, mark, f"{prefix}{name}.")
+        extra: Any = field.json_schema_extra
+        if extra and mark.items() <= extra.items():
+            found.add(prefix + name)
+    return found
