@@ -25,10 +25,11 @@ import transformers
 
 from phases import Phases
 from tdm_r1.algorithms.tdm_r1 import TDMR1
-from tdm_r1.architectures import architectures, random_pipeline
-from tdm_r1.config import RunConfig, load_recipe
-from tdm_r1.estimate import GPU_FLOPS, estimate
-from tdm_r1.trainer import Run
+from tdm_r1.config.load import load_recipe
+from tdm_r1.config.run import RunConfig
+from tdm_r1.models.architectures import architectures, random_pipeline
+from tdm_r1.train.estimate import GPU_FLOPS, estimate
+from tdm_r1.train.run import Run
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 from tiny_models import TEMPLATE, letters_tokenizer

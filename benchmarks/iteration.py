@@ -15,8 +15,8 @@ import torch
 
 from phases import Phases
 from tdm_r1.algorithms.tdm_r1 import TDMR1
-from tdm_r1.config import load_recipe
-from tdm_r1.trainer import Run
+from tdm_r1.config.load import load_recipe
+from tdm_r1.train.run import Run
 
 
 def main() -> None:

@@ -10,9 +10,9 @@ from collections.abc import Callable
 
 import torch
 
-from tdm_r1.config import load_recipe
-from tdm_r1.roles import Role
-from tdm_r1.trainer import Run
+from tdm_r1.config.load import load_recipe
+from tdm_r1.models.specification import Role
+from tdm_r1.train.run import Run
 
 BATCH = 128
 

@@ -17,10 +17,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from peft import LoraConfig
 
-from tdm_r1.backbones import load_backbone
-from tdm_r1.evaluation import Embedder, Sampling, generate
-from tdm_r1.roles import Role, full_roles
+from tdm_r1.evaluate.evaluation import Sampling, generate
+from tdm_r1.models.create import create_roles
+from tdm_r1.models.embedder import Embedder
+from tdm_r1.models.pipeline import load_backbone
+from tdm_r1.models.specification import Role
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 import tiny_models
@@ -52,7 +55,9 @@ def compare(name: str, folder: Path, guidance: float, side: int) -> dict:
     backbone = load_backbone(str(folder), max_sequence_length=48, dtype=torch.float32, device="cpu", resolution=side)
     x_1 = torch.randn(2, *backbone.latent_shape, generator=torch.Generator().manual_seed(0))
     sampling = Sampling(Role.TEACHER, steps=4, shift=3.0, guidance=guidance)
-    ours = generate(backbone, full_roles(backbone, ()), sampling, Embedder(backbone), PROMPTS, x_1, batch=2, seed=0)
+    ours = generate(
+        backbone, create_roles((), backbone, LoraConfig()), sampling, Embedder(backbone), PROMPTS, x_1, batch=2, seed=0
+    )
     theirs = tiny_models.pipeline_pictures(folder, PROMPTS, x_1, guidance)
     return {
         "model": name,

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from tdm_r1.algorithms.tdm_r1 import TDMR1
-from tdm_r1.backbones import PipelineBackbone
-from tdm_r1.roles import Role
+from tdm_r1.models.pipeline import PipelineBackbone
+from tdm_r1.models.specification import Role
 
 
 class Phases:

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from rich.progress import track
 
-from tdm_r1.architectures import architecture_of
-from tdm_r1.config import load_recipe
-from tdm_r1.estimate import GPU_FLOPS, estimate
-from tdm_r1.recipes import recipe_names
+from tdm_r1.config.load import load_recipe
+from tdm_r1.config.recipes import recipe_names
+from tdm_r1.models.architectures import architecture_of
+from tdm_r1.train.estimate import GPU_FLOPS, estimate
 
 
 def main() -> None:

@@ -26,9 +26,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tdm_r1.errors import UserError
-from tdm_r1.rewards import Scores
 from tdm_r1.rewards.http import decode_request
-from tdm_r1.tasks import Prompt
+from tdm_r1.rewards.scores import Scores
+from tdm_r1.tasks.protocol import Prompt
 
 if TYPE_CHECKING:  # imported where they are used: worker processes read this file for its rewards alone
     import torch
@@ -164,7 +164,7 @@ class Outcome:
 
 def train(config: RunConfig, reward: Masked | None = None) -> Outcome:
     from tdm_r1 import Run
-    from tdm_r1.roles import Role
+    from tdm_r1.models.specification import Role
 
     run = Run(config, reward=reward)
     run.task = Numbered(run)  # type: ignore[assignment]
@@ -187,7 +187,7 @@ def train(config: RunConfig, reward: Masked | None = None) -> Outcome:
     run.scorer.close()
     roles = (Role.GENERATOR, Role.FAKE, Role.SURROGATE, Role.SURROGATE_EMA)
     weights = {f"{r}/{n}": p for r in roles for n, p in run.roles.state(r).items()}
-    return Outcome(masks, seconds, stopped, sorted(run.told), weights)
+    return Outcome(masks, seconds, stopped, sorted(run.scoring.told), weights)
 
 
 def measure(fault: str, place: str, reward: str, output: Path) -> dict[str, Any]:

@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from rich.progress import track
 
-from tdm_r1.config import load_recipe
-from tdm_r1.evaluation import generate
-from tdm_r1.groups import standardized
-from tdm_r1.roles import Role
-from tdm_r1.trainer import Run
+from tdm_r1.config.load import load_recipe
+from tdm_r1.core.groups import standardized
+from tdm_r1.evaluate.evaluation import generate
+from tdm_r1.models.specification import Role
+from tdm_r1.train.run import Run
 
 INVERSE_BETAS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 

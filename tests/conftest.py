@@ -17,9 +17,10 @@ import pytest
 import torch
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
-from tdm_r1.config import RunConfig, load_recipe
+from tdm_r1.config.load import load_recipe
+from tdm_r1.config.run import RunConfig
 from tdm_r1.mini import autoencoder, build, features, pretrain, text
-from tdm_r1.trainer import Run
+from tdm_r1.train.run import Run
 
 torch.set_num_threads(2)
 for name in ("TDM_R1_TOKEN", "TDM_R1_MINI", "TDM_R1_MINI_SIGNS", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):

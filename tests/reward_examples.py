@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from tdm_r1.errors import UserError
-from tdm_r1.rewards import Scores
-from tdm_r1.tasks import Prompt
+from tdm_r1.rewards.scores import Scores
+from tdm_r1.tasks.protocol import Prompt
 
 GREYS = (0, 51, 102, 153, 204, 255)
 IMAGES = np.stack([np.full((8, 8, 3), v, np.uint8) for v in GREYS])

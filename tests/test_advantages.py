@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from tdm_r1.advantages import group_advantages
-from tdm_r1.groups import spread
+from tdm_r1.core.advantages import group_advantages
+from tdm_r1.core.groups import spread
 
 
 def test_standardised_inside_each_group():

@@ -15,12 +15,14 @@ from gpu_iteration import TINY
 from phases import Phases
 from tdm_r1 import cli
 from tdm_r1.algorithms.tdm_r1 import TDMR1
-from tdm_r1.architectures import architecture_of, architectures, random_pipeline, text_encoder_parameters
-from tdm_r1.config import RunConfig, load_recipe
-from tdm_r1.estimate import Meter, estimate, network_evaluations, random_backbone, random_conditioning
-from tdm_r1.recipes import recipe_text
-from tdm_r1.roles import Role
-from tdm_r1.trainer import Run, cast_roles
+from tdm_r1.config.load import load_recipe
+from tdm_r1.config.recipes import recipe_text
+from tdm_r1.config.run import RunConfig
+from tdm_r1.models.architectures import architecture_of, architectures, random_pipeline, text_encoder_parameters
+from tdm_r1.models.specification import Role
+from tdm_r1.train.build import cast_roles
+from tdm_r1.train.estimate import Meter, estimate, network_evaluations, random_backbone, random_conditioning
+from tdm_r1.train.run import Run
 
 ROOT = Path(__file__).parent.parent
 
@@ -88,7 +90,7 @@ def test_recipes_state_what_they_need(row: dict):
     "surrogate",
     [
         {"loss": "anchored", "baseline": "fake", "reference": "static", "measured_groups": 2},
-        {"loss": "preference", "reference": "dynamic", "measured_groups": 1, "carried": 0.0, "ema_decay": 0.9},
+        {"loss": "preference", "reference": "dynamic", "measured_groups": 1, "added_delta": 0.0, "ema_decay": 0.9},
     ],
 )
 def test_network_evaluations_are_those_of_a_real_iteration(tiny_config: Callable[..., RunConfig], surrogate: dict):

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tdm_r1 import flow
-from tdm_r1.toy import GaussianMixture
+from tdm_r1.core import flow
+from tdm_r1.core.toy import GaussianMixture
 
 
 def draw(seed: int = 0, n: int = 64, d: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -20,9 +20,9 @@ from transformers import (
 )
 
 from tdm_r1.errors import UserError
-from tdm_r1.geneval_task import SHARES, GenEvalTask, make_prompt, plural, read_metadata
 from tdm_r1.rewards.geneval import ClipColors, GenEvalReward, Mask2FormerDetector, cut_out, detections_of
-from tdm_r1.rewards.geneval_protocol import CLASSES, COLORS, Detection, soft, strict
+from tdm_r1.tasks.geneval import SHARES, GenEvalTask, make_prompt, plural, read_metadata
+from tdm_r1.tasks.geneval_protocol import CLASSES, COLORS, Detection, soft, strict
 
 # ------------------------------------------------------------------------------------------ detections
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from tdm_r1.rewards.geneval_protocol import Detection, judged, relations_of, soft, strict
+from tdm_r1.tasks.geneval_protocol import Detection, judged, relations_of, soft, strict
 
 
 @dataclass(frozen=True)

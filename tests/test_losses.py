@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from tdm_r1 import flow, losses
-from tdm_r1.toy import GaussianMixture
+from tdm_r1.core import flow, losses
+from tdm_r1.core.toy import GaussianMixture
 
 D = torch.float64
 

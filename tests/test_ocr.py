@@ -7,8 +7,8 @@ import pytest
 from PIL import Image, ImageDraw, ImageFont
 
 from tdm_r1.errors import UserError
-from tdm_r1.rewards import load_reward
 from tdm_r1.rewards.ocr import OCRReward, flow_grpo_fidelity, paper_fidelity, target_of
+from tdm_r1.rewards.registry import load_reward
 
 # read, target, the paper's score, Flow-GRPO's; edits counted by hand
 TABLE = [

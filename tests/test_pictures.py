@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tdm_r1.pictures import grid
+from tdm_r1.evaluate.pictures import grid
 
 
 def test_grids_show_small_pictures_exactly_and_large_ones_readably():

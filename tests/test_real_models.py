@@ -16,12 +16,15 @@ from safetensors.torch import load_file, save_file
 
 import tiny_models
 from tdm_r1 import cli
-from tdm_r1.algorithms.tdm import few_step_sample
-from tdm_r1.backbones import load_backbone
-from tdm_r1.config import LORA_TARGETS, RunConfig, dump, load_recipe
-from tdm_r1.lora_files import FILE
-from tdm_r1.roles import Role
-from tdm_r1.trainer import Run, load_backbones
+from tdm_r1.algorithms.rollout import roll_out
+from tdm_r1.config.load import load_recipe
+from tdm_r1.config.run import RunConfig, dump
+from tdm_r1.models.load import load_backbones
+from tdm_r1.models.lora_files import FILE
+from tdm_r1.models.pipeline import load_backbone
+from tdm_r1.models.settings import LORA_TARGETS
+from tdm_r1.models.specification import Role
+from tdm_r1.train.run import Run
 
 MOVING = (Role.GENERATOR, Role.FAKE, Role.SURROGATE, Role.GENERATOR_EMA, Role.SURROGATE_EMA)
 PROMPTS = ["a red circle", "two crosses"]
@@ -164,9 +167,8 @@ def test_sd3_without_t5_is_the_pipeline_without_it(tmp_path: Path):
         PROMPTS[0], None, None, do_classifier_free_guidance=False, max_sequence_length=48
     )
     (found,) = backbone.encode(PROMPTS[:1])
-    assert found.pooled is not None
-    torch.testing.assert_close(found.embeds, embeds, atol=0, rtol=0)
-    torch.testing.assert_close(found.pooled, pooled, atol=0, rtol=0)
+    torch.testing.assert_close(found["embeds"], embeds, atol=0, rtol=0)
+    torch.testing.assert_close(found["pooled"], pooled, atol=0, rtol=0)
     with pytest.raises(ValueError, match="which has no T5"):
         load_backbone(
             str(tiny_models.z_image(tmp_path / "z")),
@@ -260,7 +262,9 @@ def test_plain_diffusers_samples_the_trained_lora(make: Make, tmp_path: Path):
     tuned = plain()
     with torch.no_grad():
         c = run.embed(PROMPTS)
-        latents = few_step_sample(run.roles, Role.GENERATOR_EMA, c, x_1, run.config.sampler, None).final
+        latents = roll_out(
+            run.roles, Role.GENERATOR_EMA, c, x_1, run.config.sampler, None, micro_batch=2
+        ).trajectory.final
     assert np.abs(tuned - base).max() > 0.02  # the LoRA does something
     assert np.abs(run.backbone.decode(latents) / 255.0 - tuned).max() <= 0.51 / 255
 

@@ -14,8 +14,9 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 import tiny_models
-from tdm_r1 import cli, release
-from tdm_r1.lora_files import FILE, read_lora
+from tdm_r1 import cli
+from tdm_r1.models import release
+from tdm_r1.models.lora_files import FILE, read_lora
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,9 @@ from PIL import Image, ImageFilter
 from reward_examples import IMAGES, SCORES, TEXTS, brightness, here
 from tdm_r1 import cli
 from tdm_r1.errors import UserError
-from tdm_r1.rewards import BUILT_IN, load_reward
-from tdm_r1.rewards.commands import is_cached, picture_files, prompts_of, state_of
-from tdm_r1.rewards.registry import Entry
+from tdm_r1.rewards.folder import picture_files, prompts_of
+from tdm_r1.rewards.overview import is_cached, state_of
+from tdm_r1.rewards.registry import BUILT_IN, Entry, load_reward
 
 
 def test_an_extra_that_is_not_installed_is_named(monkeypatch):

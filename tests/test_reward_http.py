@@ -18,9 +18,11 @@ import pytest
 
 from reward_examples import GREYS, IMAGES, METADATA, PROMPTS, SCORES, TEXTS, brightness, here, raises, refuses
 from tdm_r1.errors import UserError
-from tdm_r1.rewards import Scorer, Scores, ScoringConfig, load_reward
 from tdm_r1.rewards.http import RemoteReward, RewardServer, decode_image, encode_image
-from tdm_r1.rewards.scores import checked
+from tdm_r1.rewards.registry import load_reward
+from tdm_r1.rewards.scorer import Scorer
+from tdm_r1.rewards.scores import Scores, checked
+from tdm_r1.rewards.settings import ScoringConfig
 from tdm_r1.rewards.workers import Workers
 
 

@@ -28,9 +28,10 @@ from reward_examples import (
     refuses,
 )
 from tdm_r1.errors import UserError
-from tdm_r1.rewards import Scorer, Scores, ScoringConfig, Watch, load_reward
-from tdm_r1.rewards.scorer import Term, parse
-from tdm_r1.rewards.scores import attempt, checked, joined
+from tdm_r1.rewards.registry import load_reward
+from tdm_r1.rewards.scorer import Scorer, Term, Watch, parse
+from tdm_r1.rewards.scores import Scores, attempt, checked, joined
+from tdm_r1.rewards.settings import ScoringConfig
 from tdm_r1.rewards.workers import Workers
 
 # ------------------------------------------------------------------------------------------ contract

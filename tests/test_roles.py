@@ -1,5 +1,6 @@
 """Switching roles: isolation, restoration, gradients, starts and averages."""
 
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 
@@ -7,11 +8,16 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from tdm_r1.algorithms.tdm import Optimizer, OptimizerConfig
-from tdm_r1.backbones import Conditioning, PipelineBackbone, load_backbone
-from tdm_r1.config import LORA_TARGETS
-from tdm_r1.lora_files import load_lora
-from tdm_r1.roles import Carried, Role, Roles, full_roles, lora_roles
+from tdm_r1.algorithms.optimizer import Optimizer
+from tdm_r1.algorithms.settings import OptimizerConfig
+from tdm_r1.models.create import create_roles
+from tdm_r1.models.export import exported
+from tdm_r1.models.lora_files import load_lora
+from tdm_r1.models.pipeline import PipelineBackbone, load_backbone
+from tdm_r1.models.protocol import Conditioning
+from tdm_r1.models.roles import Roles
+from tdm_r1.models.settings import LORA_TARGETS
+from tdm_r1.models.specification import AddedDelta, Role, RoleSpec
 
 OWN = (Role.GENERATOR, Role.GENERATOR_EMA, Role.FAKE, Role.SURROGATE, Role.REFERENCE)
 
@@ -24,11 +30,33 @@ def load(path: Path, *, dtype: torch.dtype = torch.float32) -> PipelineBackbone:
     return load_backbone(str(path), max_sequence_length=1, dtype=dtype, device="cpu")
 
 
+def specs(
+    names: Sequence[Role] = OWN, *, full: Sequence[Role] = (), added: Mapping[Role, AddedDelta] | None = None
+) -> list[RoleSpec]:
+    """The paper's roles, as TDM-R1 declares them."""
+    return [
+        RoleSpec(
+            name,
+            host="teacher" if name in (Role.SURROGATE, Role.REFERENCE) else "student",
+            trained=name in (Role.GENERATOR, Role.FAKE, Role.SURROGATE),
+            weights="full" if name in full else "lora",
+            added=(added or {}).get(name),
+        )
+        for name in names
+    ]
+
+
+def lora_roles(
+    student: PipelineBackbone, config: LoraConfig, names: Sequence[Role] = OWN, *, full=(), added=None, **options
+) -> Roles:
+    return create_roles(specs(names, full=full, added=added), student, config, **options)
+
+
 def cast(kind: str, path: Path) -> tuple[Roles, PipelineBackbone]:
     backbone = load(path)
     match kind:
         case "full":
-            return full_roles(backbone, OWN), backbone
+            return lora_roles(backbone, lora(), full=OWN), backbone
         case "mixed":
             return lora_roles(backbone, lora(), OWN, full=(Role.SURROGATE, Role.REFERENCE)), backbone
         case _:
@@ -257,7 +285,7 @@ def test_merged_roles_follow_kernels_that_pytorch_does_not_count(monkeypatch, ra
     assert not torch.equal(seen(Role.GENERATOR_EMA), start[1])
 
 
-CARRIED = {Role.GENERATOR: Carried(Role.SURROGATE, 0.7), Role.FAKE: Carried(Role.SURROGATE, 0.7)}
+ADDED = {role: AddedDelta(Role.SURROGATE, 0.7) for role in (Role.GENERATOR, Role.FAKE)}
 
 
 @pytest.mark.parametrize("full", [(), (Role.SURROGATE,)], ids=["adapter", "full"])
@@ -266,7 +294,7 @@ def test_a_role_acts_with_what_it_carries(full: tuple[Role, ...], merge: bool, r
     """Against the same weights put together by hand, with and without gradients; nothing flows into what is carried,
     and the role that is carried, the teacher and roles that carry nothing act as they did."""
     backbone = load(random_model)
-    roles = lora_roles(backbone, lora(), OWN, full=full, merge=merge, carried=CARRIED)
+    roles = lora_roles(backbone, lora(), OWN, full=full, merge=merge, added=ADDED)
     args = inputs(backbone)
     start = {n: p.detach().clone() for n, p in load(random_model).transformer.named_parameters()}
     torch.manual_seed(1)
@@ -316,7 +344,7 @@ def test_what_sits_on_a_second_backbone_is_carried_too(full, merge: bool, random
         for p in other.transformer.parameters():
             p.mul_(1.1)
     start = {n: p.detach().clone() for n, p in other.transformer.named_parameters()}
-    roles = lora_roles(student, lora(), OWN, teacher=other, full=full, merge=merge, carried=CARRIED)
+    roles = lora_roles(student, lora(), OWN, teacher=other, full=full, merge=merge, added=ADDED)
     args = inputs(student)
     torch.manual_seed(1)
     for _ in range(2):
@@ -344,7 +372,7 @@ def test_what_sits_on_a_second_backbone_is_carried_too(full, merge: bool, random
         assert all(p.grad is None for p in other.transformer.parameters())
         assert any(bool(p.grad.any()) for p in roles.parameters(Role.GENERATOR))
     if not full:  # of which so low a rank holds no more than the nearest
-        student.save_lora(tmp_path, *roles.exported(Role.GENERATOR, lora()))
+        student.save_lora(tmp_path, *exported(roles, Role.GENERATOR, lora()))
         plain = load(random_model)
         plain.pipeline.load_lora_weights(tmp_path)
         with torch.no_grad():
@@ -355,7 +383,7 @@ def test_what_sits_on_a_second_backbone_is_carried_too(full, merge: bool, random
 def test_an_exported_adapter_holds_what_the_role_carries(full, rank: int, random_model: Path, tmp_path: Path):
     """The change of full weights needs the layers' own rank, 128."""
     backbone = load(random_model)
-    roles = lora_roles(backbone, lora(rank), OWN, full=full, carried=CARRIED)
+    roles = lora_roles(backbone, lora(rank), OWN, full=full, added=ADDED)
     torch.manual_seed(1)
     with torch.no_grad():
         for role in (Role.GENERATOR, Role.SURROGATE):
@@ -364,7 +392,7 @@ def test_an_exported_adapter_holds_what_the_role_carries(full, rank: int, random
     args = inputs(backbone)
     with torch.no_grad(), roles.use(Role.GENERATOR) as velocity:
         expected = velocity(*args)
-    weights, config = roles.exported(Role.GENERATOR, lora(rank))
+    weights, config = exported(roles, Role.GENERATOR, lora(rank))
     assert (config.r, config.lora_alpha) == (2 * rank, 2 * rank)
     backbone.save_lora(tmp_path, weights, config)
     plain = load(random_model)
@@ -376,32 +404,32 @@ def test_an_exported_adapter_holds_what_the_role_carries(full, rank: int, random
 def test_changes_below_the_backbones_precision_are_carried(random_model: Path, tmp_path: Path):
     """A change of a thousandth is lost in bfloat16's weights, and has to act, and be in the file, all the same."""
     backbone = load(random_model, dtype=torch.bfloat16)
-    roles = lora_roles(backbone, lora(), OWN, carried=CARRIED)
+    roles = lora_roles(backbone, lora(), OWN, added=ADDED)
     x, t, c = inputs(backbone)
     with torch.no_grad():
         for name, p in roles.weights(Role.SURROGATE).items():
             torch.manual_seed(p.numel())
             p.copy_(torch.randn_like(p) * (1e-4 if "lora_B" in name else 0.1))
-        largest = max(float(d.abs().max()) for d in roles._deltas(Role.SURROGATE))
+        largest = max(float(d.abs().max()) for d in roles.deltas(Role.SURROGATE))
         with roles.use(Role.GENERATOR) as velocity:
-            acting = roles._active[id(backbone.transformer)]
+            acting = roles._members[Role.GENERATOR].host._acting
             v = velocity(x, t, c)
-        weights, config = roles.exported(Role.GENERATOR, lora())
+        weights, config = exported(roles, Role.GENERATOR, lora())
     assert largest < 2e-3
     assert acting == (("generator", 1.0), ("surrogate", 0.7))
     one = load(random_model, dtype=torch.bfloat16)
     backbone.save_lora(tmp_path, weights, config)
     alone = lora_roles(one, config, (Role.GENERATOR,))
     load_lora(alone, (Role.GENERATOR,), tmp_path, config)
-    for d, e in zip(roles._deltas(Role.SURROGATE), alone._deltas(Role.GENERATOR), strict=True):
+    for d, e in zip(roles.deltas(Role.SURROGATE), alone.deltas(Role.GENERATOR), strict=True):
         torch.testing.assert_close(0.7 * d, e, atol=1e-7, rtol=1e-4)
     with torch.no_grad(), alone.use(Role.GENERATOR) as velocity:
         torch.testing.assert_close(velocity(x, t, c), v, atol=0.05, rtol=0.05)  # bfloat16's own noise
 
 
 def test_carrying_needs_an_adapter(random_model: Path):
-    with pytest.raises(ValueError, match="generator"):
-        lora_roles(load(random_model), lora(), OWN, full=(Role.GENERATOR,), carried=CARRIED)
+    with pytest.raises(ValueError, match="role generator has full weights"):
+        specs(full=(Role.GENERATOR,), added=ADDED)
 
 
 def test_a_lora_of_fewer_modules_leaves_the_others_at_nothing(random_model: Path, tmp_path: Path):
@@ -412,7 +440,7 @@ def test_a_lora_of_fewer_modules_leaves_the_others_at_nothing(random_model: Path
     args = inputs(backbone)
     with torch.no_grad(), small.use(Role.GENERATOR) as velocity:
         expected = velocity(*args)
-    backbone.save_lora(tmp_path, *small.exported(Role.GENERATOR, few))
+    backbone.save_lora(tmp_path, *exported(small, Role.GENERATOR, few))
     other = load(random_model)
     roles = lora_roles(other, lora(), (Role.GENERATOR,))
     disturb(roles, Role.GENERATOR)  # of what was loaded before, nothing may stay

@@ -17,24 +17,19 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from reward_examples import brightness, here
-from tdm_r1 import checkpoint, cli
-from tdm_r1.checkpoint import DamagedError, load_state
-from tdm_r1.comparison import Comparison
-from tdm_r1.config import RunConfig, differences, dump, load_recipe, run_of
+from tdm_r1 import cli
+from tdm_r1.config.load import differences, load_recipe, run_of
+from tdm_r1.config.run import LOG, RunConfig, dump
 from tdm_r1.errors import UserError
-from tdm_r1.rewards import Scorer
-from tdm_r1.roles import Role
-from tdm_r1.sampling import FewStepModel
-from tdm_r1.trainer import (
-    LOG,
-    Run,
-    checkpoints_of,
-    distillation,
-    is_finished,
-    iteration_of,
-    train,
-    with_student,
-)
+from tdm_r1.evaluate.comparison import Comparison
+from tdm_r1.evaluate.sampling import FewStepModel
+from tdm_r1.models.specification import Role
+from tdm_r1.rewards.scorer import Scorer
+from tdm_r1.train import checkpoint
+from tdm_r1.train.checkpoint import DamagedError, load_state
+from tdm_r1.train.folder import RunFolder, iteration_of
+from tdm_r1.train.run import Run
+from tdm_r1.train.start import distillation, train, with_student
 
 Make = Callable[..., RunConfig]
 
@@ -122,7 +117,7 @@ def test_a_controlled_scale_goes_on_unless_another_start_is_given(tiny_config: M
 )
 def test_what_a_run_cannot_change_is_refused_by_name(setting: str, value: str | None, finished: Path, capsys):
     before = digests(finished)
-    given = ["--surrogate.carried", "0"] if setting == "algorithm" else []
+    given = ["--surrogate.added-delta", "0"] if setting == "algorithm" else []
     assert cli.main(["train", str(finished), "--resume", f"--{setting}", *([value] if value else []), *given]) == 2
     error = capsys.readouterr().err
     assert f"{setting.replace('-', '_')} = " in error
@@ -216,7 +211,7 @@ def test_the_log_is_json(tiny_config: Make):
 
 def test_half_a_distillation_is_no_start(tiny_config: Make, tmp_path: Path):
     """Also where it was gone on with by hand, and exported, and interrupted again."""
-    recipe = tiny_config(algorithm="tdm", iterations=3, surrogate={"carried": 0.0}, name="unused")
+    recipe = tiny_config(algorithm="tdm", iterations=3, surrogate={"added_delta": 0.0}, name="unused")
     (tmp_path / "tdm.yaml").write_text(dump(recipe))
     config = tiny_config(distill_with=str(tmp_path / "tdm.yaml"), name="both")
     half = Run(distillation(config))
@@ -225,9 +220,9 @@ def test_half_a_distillation_is_no_start(tiny_config: Make, tmp_path: Path):
     half._log({})
     half.save()
     half.export(half.folder)
-    assert not is_finished(half.folder)
+    assert not half.files.is_finished()
     start = with_student(config)
-    assert is_finished(half.folder)
+    assert half.files.is_finished()
     assert Path(start.model.student_lora) == half.folder / "lora"
     assert logged(half.folder)[-1]["iteration"] == 3
 
@@ -310,7 +305,7 @@ def test_a_run_goes_on_behind_what_is_damaged(finished: Path, capsys):
     run.open(resume=True)
     run.step()
     run.save()
-    newest = checkpoints_of(finished)[-1]
+    newest = RunFolder(finished).checkpoints()[-1]
     whole = newest.read_bytes()
     newest.write_bytes(whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2))  # its second half is zeros
     with pytest.raises(DamagedError, match="do not match their checksum"):
@@ -324,7 +319,7 @@ def test_a_run_goes_on_behind_what_is_damaged(finished: Path, capsys):
     assert "is damaged" in " ".join(capsys.readouterr().out.split())
     assert again.iteration == 1
     assert logged(finished) == rows
-    for old in checkpoints_of(finished):
+    for old in RunFolder(finished).checkpoints():
         old.write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"no checkpoint in .* can be read"):
         Run(config).open(resume=True)

@@ -18,19 +18,24 @@ from safetensors.torch import load_file
 
 from reward_examples import here
 from tdm_r1 import cli
-from tdm_r1.algorithms.tdm import Rollout, few_step_sample
-from tdm_r1.config import RunConfig, dump, load_recipe
+from tdm_r1.algorithms.protocol import Batch
+from tdm_r1.algorithms.rollout import Rollout, draw_points, roll_out
+from tdm_r1.config.load import load_recipe
+from tdm_r1.config.run import RunConfig, dump
+from tdm_r1.core.flow import few_step_grid
+from tdm_r1.core.solvers import Trajectory
 from tdm_r1.errors import UserError
-from tdm_r1.evaluation import Evaluator, generate
-from tdm_r1.flow import few_step_grid
-from tdm_r1.lora_files import lora_digest, read_lora
+from tdm_r1.evaluate.evaluation import Evaluator, generate
+from tdm_r1.evaluate.sampling import FewStepModel
 from tdm_r1.mini.build import MiniConfig, build
 from tdm_r1.mini.bundle import bundle_path
 from tdm_r1.mini.pretrain import PretrainConfig
-from tdm_r1.roles import Role
-from tdm_r1.sampling import FewStepModel
-from tdm_r1.solvers import Trajectory
-from tdm_r1.trainer import Run, distillation, is_finished, resolve_model, train, with_student
+from tdm_r1.models.load import resolve_model
+from tdm_r1.models.lora_files import lora_digest, read_lora
+from tdm_r1.models.specification import Role
+from tdm_r1.train.folder import RunFolder
+from tdm_r1.train.run import Run
+from tdm_r1.train.start import distillation, train, with_student
 
 Make = Callable[..., RunConfig]
 
@@ -65,7 +70,7 @@ def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], *, atol
         {"sampler": {"solver": "stochastic"}, "tdm": {"noise_range": "interval", "fake_scores": "two"}},
         {"algorithm": "tdm", "batch": {"group": 1}, "tdm": {"fake_scores": "one"}},
         {"surrogate": {"weights": "lora"}},
-        {"model": {"roles": "full"}, "surrogate": {"carried": 0.0}},
+        {"model": {"roles": "full"}, "surrogate": {"added_delta": 0.0}},
     ],
     ids=["anchored", "one-fake-score", "paper", "fake-ratio", "clip-dpm", "stochastic", "tdm", "lora", "full"],
 )
@@ -95,7 +100,7 @@ def test_micro_batches_change_nothing(tiny_config: Make, loss: str):
     )
     for run in (whole, parts):
         # SGD in place of Adam: Adam turns rounding errors of tiny gradients into whole steps
-        for optimizer in (run.algorithm.surrogate, *run.algorithm.tdm.optimizers.values()):
+        for optimizer in (run.algorithm.surrogate.optimizer, *run.algorithm.tdm.optimizers.values()):
             optimizer.adamw = torch.optim.SGD(optimizer.parameters, lr=1e-2)
         a = run.step()
         assert a["surrogate/grad_norm"] > 0
@@ -123,15 +128,16 @@ def test_the_surrogate_keeps_to_its_points_and_noise_levels(tiny_config: Make):
     run.step()
     algorithm, noise = run.algorithm, torch.Generator().manual_seed(0)
     c = run.embed(["a red circle", "a cross"] * 100)
-    x_1 = torch.randn(len(c), *run.backbone.latent_shape, generator=noise).to(c.embeds.device)
-    rollout = algorithm.tdm.roll_out(c, x_1, noise)
-    every = algorithm.tdm.draw(rollout, noise, time_range=(0.3, 0.8))
-    final = algorithm.tdm.draw(rollout, noise, points="final", time_range=(0.3, 0.8))
+    x_1 = torch.randn(len(c), *run.backbone.latent_shape, generator=noise).to(c.device)
+    rollout = algorithm.tdm.roll_out(Batch(c, x_1, 1, noise, lambda latents: latents))
+    every = draw_points(rollout, noise, time_range=(0.3, 0.8))
+    final = draw_points(rollout, noise, points="final", time_range=(0.3, 0.8))
     assert set(every.index.tolist()) == {0, 1, 2, 3}
     assert (every.t > every.s).all()
     assert ((every.t >= 0.3) & ((every.t <= 0.8) | (every.s >= 0.8))).all()
     assert (final.s == 0).all()
-    torch.testing.assert_close(final.x_s, rollout.trajectory.final)
+    x_0, eps, t = rollout.trajectory.final, final.eps, final.t[:, None, None, None]
+    torch.testing.assert_close(final.x_t, (1 - t) * x_0 + t * eps)
     assert final.t.min() >= 0.3
     assert 0.75 < final.t.max() <= 0.8
     t = torch.linspace(0, 1, len(c), device=x_1.device)
@@ -143,17 +149,24 @@ def test_the_surrogate_keeps_to_its_points_and_noise_levels(tiny_config: Make):
 
 def test_what_is_exported_may_carry_more_than_training_does(tiny_config: Make):
     """Training is the same to the last bit; the averaged generator has phi's change once more in its weights."""
-    settings = [{"carried": 1.0, "carried_exported": w, "ema_decay": 0.0} for w in (None, 2.0)]
+    settings = [{"added_delta": 1.0, "added_delta_exported": w, "ema_decay": 0.0} for w in (None, 2.0)]
     as_trained, more = (Run(tiny_config(surrogate=s)) for s in settings)
     for run in (as_trained, more):
         run.step()
         run.step()
     assert_equal(weights(as_trained), weights(more))
-    change = more.roles._deltas(Role.SURROGATE_EMA)
+    change = more.roles.deltas(Role.SURROGATE_EMA)
     assert max(float(d.abs().max()) for d in change) > 1e-4
-    acting = (run.roles._merged_weights(Role.GENERATOR_EMA) for run in (as_trained, more))
-    for once, twice, d in zip(*acting, change, strict=True):
-        torch.testing.assert_close(twice, once + d, atol=1e-6, rtol=0)
+    added = (run.roles.added_to(Role.GENERATOR_EMA) for run in (as_trained, more))
+    for once, twice, d in zip(*added, change, strict=True):
+        torch.testing.assert_close(once, d, atol=1e-6, rtol=0)
+        torch.testing.assert_close(twice, 2 * d, atol=1e-6, rtol=0)
+    inputs = torch.randn(2, 8, 8, 8), torch.full((2,), 0.5), as_trained.embed(["a cross", "a red circle"])
+    outputs = []
+    for run in (as_trained, more):
+        with torch.no_grad(), run.roles.use(Role.GENERATOR_EMA) as velocity:
+            outputs.append(velocity(*inputs))
+    assert (outputs[0] != outputs[1]).any()
 
 
 def test_a_finished_run_is_exported_again_with_more_carried(tiny_config: Make, capsys):
@@ -164,7 +177,7 @@ def test_a_finished_run_is_exported_again_with_more_carried(tiny_config: Make, c
     assert cli.main(["train", str(run.folder), "--resume"]) == 0
     assert_equal(load_file(file), before)
     assert lora_digest(file) == digest
-    assert cli.main(["train", str(run.folder), "--resume", "--surrogate.carried-exported", "2"]) == 0
+    assert cli.main(["train", str(run.folder), "--resume", "--surrogate.added-delta-exported", "2"]) == 0
     capsys.readouterr()
     assert any((w != before[name]).any() for name, w in load_file(file).items())
     assert lora_digest(file) != digest
@@ -176,7 +189,7 @@ def test_each_fake_score_knows_its_points(tiny_config: Make):
     run.step()
     tdm, noise = run.algorithm.tdm, torch.Generator().manual_seed(0)
     c = run.embed(["a red circle", "a cross", "a cross", "a red circle"])
-    x_t = torch.randn(4, *run.backbone.latent_shape, generator=noise).to(c.embeds.device)
+    x_t = torch.randn(4, *run.backbone.latent_shape, generator=noise).to(c.device)
     t = torch.full((4,), 0.6, device=x_t.device)
     with torch.no_grad():
         together = tdm.fake_velocity(x_t, t, c, torch.tensor([3, 0, 2, 3]))
@@ -188,9 +201,9 @@ def test_each_fake_score_knows_its_points(tiny_config: Make):
     torch.testing.assert_close(together[[0, 3]], final[[0, 3]])
     torch.testing.assert_close(together[[1, 2]], earlier[[1, 2]])
     x_1 = torch.randn(200, *x_t.shape[1:], generator=noise).to(x_t.device)
-    rollout = tdm.roll_out(run.embed(["a cross"] * 200), x_1, noise)
-    assert set(tdm.draw(rollout, noise, points="earlier").index.tolist()) == {0, 1, 2}
-    assert set(tdm.draw(rollout, noise, points="final").index.tolist()) == {3}
+    rollout = tdm.roll_out(Batch(run.embed(["a cross"] * 200), x_1, 1, noise, lambda latents: latents))
+    assert set(draw_points(rollout, noise, points="earlier").index.tolist()) == {0, 1, 2}
+    assert set(draw_points(rollout, noise, points="final").index.tolist()) == {3}
 
 
 @pytest.mark.parametrize(("steps", "shift"), [(8, 15.0), (40, 3.0), (4, 3.0)])
@@ -201,7 +214,7 @@ def test_noise_levels_are_above_their_points_on_any_grid(tiny_config: Make, step
     noise = torch.Generator().manual_seed(0)
     points = [torch.randn(400, 8, 8, 8) for _ in range(steps + 1)]
     rollout = Rollout(Trajectory(few_step_grid(steps, shift), points, points[1:]), run.embed(["a cross"] * 400))
-    draw = run.algorithm.tdm.draw(rollout, noise, noise_range=noise_range)
+    draw = draw_points(rollout, noise, noise_range=noise_range)
     assert (draw.t > draw.s).all()
     assert (draw.t < 1).all()
     assert draw.x_t.std() < 1.2
@@ -209,8 +222,8 @@ def test_noise_levels_are_above_their_points_on_any_grid(tiny_config: Make, step
 
 def test_a_fake_lora_beside_the_bundled_student_is_used(random_model: Path):
     config = load_recipe("mini").model
-    assert resolve_model(config)[2] == bundle_path() / "tdm_4step_fake"
-    assert resolve_model(config.model_copy(update={"fake_lora": "mine"}))[2] == "mine"
+    assert resolve_model(config).fake_lora == bundle_path() / "tdm_4step_fake"
+    assert resolve_model(config.model_copy(update={"fake_lora": "mine"})).fake_lora == "mine"
 
 
 @pytest.mark.parametrize("batch", [1, 4, 6])
@@ -297,7 +310,8 @@ def test_run_folder_and_plain_diffusers_load_the_lora(tiny_config: Make):
     tuned = plain()
     c = run.embed(prompts)
     with torch.no_grad():
-        latents = few_step_sample(run.roles, Role.GENERATOR_EMA, c, x_1, config.sampler, None).final
+        rollout = roll_out(run.roles, Role.GENERATOR_EMA, c, x_1, config.sampler, None, micro_batch=2)
+        latents = rollout.trajectory.final
     ours = run.backbone.decode(latents)
     assert np.abs(tuned - base).max() > 0.2  # the LoRA does something
     assert np.abs(ours / 255.0 - tuned).max() < 2.5 / 255  # and it is the run's own
@@ -415,7 +429,7 @@ def test_a_distillation_has_the_runs_model_sampler_and_micro_batch():
 
 
 def test_what_is_wrong_with_a_run_is_said_before_its_distillation(tiny_config: Make, tmp_path: Path):
-    (tmp_path / "tdm.yaml").write_text(dump(tiny_config(algorithm="tdm", surrogate={"carried": 0.0})))
+    (tmp_path / "tdm.yaml").write_text(dump(tiny_config(algorithm="tdm", surrogate={"added_delta": 0.0})))
     config = tiny_config(distill_with=str(tmp_path / "tdm.yaml"), name="late", reward="nobody")
     with pytest.raises(ValueError, match="reward = 'nobody' is not known"):
         train(config)
@@ -423,7 +437,7 @@ def test_what_is_wrong_with_a_run_is_said_before_its_distillation(tiny_config: M
 
 
 def test_a_run_distils_its_start_first_and_only_once(tiny_config: Make, tmp_path: Path):
-    recipe = tiny_config(algorithm="tdm", iterations=1, surrogate={"carried": 0.0}, name="unused")
+    recipe = tiny_config(algorithm="tdm", iterations=1, surrogate={"added_delta": 0.0}, name="unused")
     (tmp_path / "tdm.yaml").write_text(dump(recipe))
     config = tiny_config(distill_with=str(tmp_path / "tdm.yaml"), name="both")
     assert train(config) is not None
@@ -442,7 +456,7 @@ def test_a_run_distils_its_start_first_and_only_once(tiny_config: Make, tmp_path
 def test_an_interrupted_distillation_goes_on_and_ends_as_one_that_was_not(
     tiny_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    recipe = tiny_config(algorithm="tdm", iterations=2, surrogate={"carried": 0.0}, name="unused")
+    recipe = tiny_config(algorithm="tdm", iterations=2, surrogate={"added_delta": 0.0}, name="unused")
     (tmp_path / "tdm.yaml").write_text(dump(recipe))
     whole = with_student(tiny_config(distill_with=str(tmp_path / "tdm.yaml"), name="whole"))
 
@@ -457,7 +471,7 @@ def test_an_interrupted_distillation_goes_on_and_ends_as_one_that_was_not(
         patched.setattr(Run, "step", interrupted_step)
         with pytest.raises(UserError, match="the distillation was interrupted; the same command goes on with it"):
             with_student(config)
-    assert not is_finished(tmp_path / "broken" / "distill")
+    assert not RunFolder(tmp_path / "broken" / "distill").is_finished()
     resumed = with_student(config)
     for name in ("student_lora", "fake_lora"):
         folders = (Path(getattr(config.model, name)) for config in (whole, resumed))
@@ -465,7 +479,7 @@ def test_an_interrupted_distillation_goes_on_and_ends_as_one_that_was_not(
 
 
 def test_full_weights_leave_a_transformer_that_plain_diffusers_loads(tiny_config: Make):
-    run = Run(tiny_config(model={"roles": "full"}, surrogate={"carried": 0.0}, iterations=1))
+    run = Run(tiny_config(model={"roles": "full"}, surrogate={"added_delta": 0.0}, iterations=1))
     run.fit()
     loaded = SD3Transformer2DModel.from_pretrained(run.folder / "transformer")
     expected = run.roles.state(Role.GENERATOR_EMA)
@@ -480,14 +494,13 @@ def test_learning_rates_warm_up_and_decay(tiny_config: Make):
     rates = []
     for _ in range(9):  # one more than planned does no harm
         optimizer.parameters[0].grad = torch.ones_like(optimizer.parameters[0])
-        optimizer.step()
-        rates.append(optimizer.adamw.param_groups[0]["lr"] * 1e3)
+        rates.append(optimizer.step()["learning_rate"] * 1e3)
     np.testing.assert_allclose(rates, [0.5, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0])
 
 
 def test_a_diverged_run_stops_and_says_so(tiny_config: Make):
     run = Run(tiny_config())
-    optimizer = run.algorithm.surrogate
+    optimizer = run.algorithm.surrogate.optimizer
     before = run.roles.state(Role.SURROGATE)
 
     def diverge() -> None:

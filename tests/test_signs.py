@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from tdm_r1.config import load_recipe
+from tdm_r1.config.load import load_recipe
+from tdm_r1.evaluate.sampling import FewStepModel
 from tdm_r1.mini import sign_reader, signs, text, world, worlds
 from tdm_r1.mini.bundle import MODELS, bundle_path
 from tdm_r1.mini.task import MiniTask, SignTask
-from tdm_r1.rewards import load_reward
-from tdm_r1.sampling import FewStepModel
-from tdm_r1.tasks import Prompt
-from tdm_r1.trainer import Run
+from tdm_r1.rewards.registry import load_reward
+from tdm_r1.tasks.protocol import Prompt
+from tdm_r1.train.run import Run
 
 
 def specs(n: int, seed: int = 0) -> list[dict]:

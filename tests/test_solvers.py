@@ -7,8 +7,8 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
-from tdm_r1 import flow, solvers
-from tdm_r1.toy import GaussianMixture
+from tdm_r1.core import flow, solvers
+from tdm_r1.core.toy import GaussianMixture
 
 MEAN, STD = torch.tensor([1.0, -0.5], dtype=torch.float64), 0.6
 WORLD = GaussianMixture.single(MEAN, STD)

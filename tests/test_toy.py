@@ -6,8 +6,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from tdm_r1 import flow, losses
-from tdm_r1.toy import GaussianMixture
+from tdm_r1.core import flow, losses
+from tdm_r1.core.toy import GaussianMixture
 
 D = torch.float64
 TEACHER = GaussianMixture(

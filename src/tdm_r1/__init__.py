@@ -9,17 +9,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .config import RunConfig, load_recipe
-    from .sampling import FewStepModel
-    from .trainer import Run
+    from .config.load import load_recipe
+    from .config.run import RunConfig
+    from .evaluate.sampling import FewStepModel
+    from .train.run import Run
 
 __all__ = ["FewStepModel", "Run", "RunConfig", "load_recipe"]
 
-_HOME = {"FewStepModel": "sampling", "Run": "trainer", "RunConfig": "config", "load_recipe": "config"}
+_HOME = {
+    "FewStepModel": "evaluate.sampling",
+    "Run": "train.run",
+    "RunConfig": "config.run",
+    "load_recipe": "config.load",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Imports torch and diffusers when they are asked for, so that the command line answers at once."""
+    """Imports a name when it is used, so that `import tdm_r1` is fast."""
     if name in _HOME:
         return getattr(import_module(f".{_HOME[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,14 +1,20 @@
-"""Settings that a run cannot change once it has begun, found by their mark in the schema."""
+"""The base of every group of settings, and marks of those that a run cannot change once it has begun."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, JsonValue
+from pydantic import BaseModel, ConfigDict, JsonValue
 
 # json_schema_extra of settings: those that say which weights a checkpoint holds, and those read at a run's start alone
 SHAPES_CHECKPOINT: dict[str, JsonValue] = {"fixed": "checkpoint"}
 STARTS_RUN: dict[str, JsonValue] = {"fixed": "start"}
+
+
+class Settings(BaseModel):
+    """A group of settings: unknown names are errors, and nothing changes after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 def fixed_settings(model: type[BaseModel], mark: dict[str, JsonValue], prefix: str = "") -> set[str]:

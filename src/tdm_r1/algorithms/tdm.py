@@ -10,161 +10,55 @@ with DMD's normaliser; no Huber loss.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from .. import flow, losses, solvers
-from ..backbones import Conditioning, guided, in_parts
-from ..errors import UserError
-from ..roles import Role, Roles
-from ..settings import SHAPES_CHECKPOINT
-
-
-class SamplerConfig(BaseModel):
-    """The few-step sampler, in training and afterwards."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    steps: int = Field(4, ge=1, description="Forward evaluations an image, K. Published.")
-    shift: float = Field(3.0, gt=0, description="Shift of the grid towards noise. Ours: SD3's own.")
-    solver: solvers.Solver = Field("euler", description="euler, dpm (Flow-DPM-Solver, published) or stochastic.")
-
-
-class OptimizerConfig(BaseModel):
-    """AdamW of one role."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    learning_rate: float = Field(1e-4, gt=0)
-    betas: tuple[float, float] = Field((0.0, 0.95), description="From a neighbour (TDM, PixArt).")
-    weight_decay: float = Field(0.0, ge=0, description="Ours.")
-    max_grad_norm: float = Field(1.0, gt=0, description="Ours.")
-    warmup_steps: int = Field(10, ge=1, description="Linear warm-up. Ours.")
-    decay_share: float = Field(
-        0.0, ge=0, le=1, description="Last share of the run in which the rate falls linearly to zero. Ours."
-    )
-    eight_bit: bool = Field(
-        False,
-        description="AdamW's averages in 8 bits (bitsandbytes): for full weights, not worth it for LoRA. Ours.",
-        json_schema_extra=SHAPES_CHECKPOINT,
-    )
-
-
-NoiseRange = Literal["to_noise", "interval"]
-Points = Literal["all", "earlier", "final"]  # of a trajectory: every x_{t_k}, those before x_0, x_0
-
-
-class TDMConfig(BaseModel):
-    """Settings of TDM. Those of the mini recipes are measured in docs/log.md."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    generator: OptimizerConfig = OptimizerConfig(learning_rate=2e-4)
-    fake: OptimizerConfig = OptimizerConfig(learning_rate=4e-4)
-    fake_steps: int = Field(1, ge=1, description="Fake-score updates per generator update. Ours.")
-    teacher_guidance: float = Field(3.0, ge=1, description="Guidance scale of the teacher, 1 for none. Ours.")
-    generator_ema_decay: float = Field(0.98, ge=0, lt=1, description="Of the weights that are exported. Ours.")
-    fake_scores: Literal["one", "two"] = Field(
-        "one",
-        json_schema_extra=SHAPES_CHECKPOINT,
-        description="one: a fake score of all points of the trajectory (TDM). two: x_0 has its own, which sees what "
-        "the final samples alone have become. Ours, docs/method.md.",
-    )
-    noise_range: NoiseRange = Field(
-        "to_noise",
-        description="t of the fake score and the KL part, drawn in [t_k, 1) or in [t_k, t_{k+1}). A neighbour (TDM) "
-        "has both.",
-    )
-    normalizer_floor: float = Field(0.05, gt=0, description="Least value of DMD's normaliser. Ours.")
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """Trajectories of B samples and the prompts that they were made for."""
-
-    trajectory: solvers.Trajectory
-    conditioning: Conditioning
-
-    def __len__(self) -> int:
-        return len(self.conditioning)
-
-    def rows(self, rows: Tensor) -> Rollout:
-        """The samples in ``rows`` [N] (int64)."""
-        t = self.trajectory
-        points, clean = ([x[rows] for x in xs] for xs in (t.points, t.clean))
-        return Rollout(solvers.Trajectory(t.grid, points, clean), self.conditioning.rows(rows))
-
-
-@dataclass(frozen=True)
-class Draw:
-    """Points of a rollout, re-noised: x_t ~ q(x_t | x_{t_k}) with s = t_k. ``index`` i has grid[i] = t_{k+1}."""
-
-    index: Tensor  # [B] in 0..K-1: the step whose result is x_s
-    s: Tensor  # [B]
-    t: Tensor  # [B]
-    x_s: Tensor  # [B, C, H, W]
-    x_t: Tensor
-    eps: Tensor
-
+from ..core import flow, losses, solvers
+from ..models.protocol import Conditioning, guided
+from ..models.roles import Roles
+from ..models.specification import AddedDelta, Average, Role, RoleSpec
+from .metrics import Stopwatch, Sums, mean_of_each
+from .optimizer import Optimizer
+from .protocol import Algorithm, Batch, Evaluations
+from .rollout import Points, Rollout, draw_points, draw_times, roll_out
+from .settings import AlgorithmSettings, TDMConfig, check_tdm
 
 RewardPart = Callable[[Tensor, Tensor, Conditioning], Tensor]
 """``(x_t, t, conditioning) -> [B, C, H, W]``: the reward's part of the generator's direction."""
 
-MAX_SKIPPED = 5  # updates
-TIME_MAX = 0.99  # t is drawn below it where t_k is: at t = 1 every point of a trajectory is the same noise
 
+class TDM(Algorithm):
+    """The optimizers of generator and fake scores, and one method for each line of the algorithm."""
 
-class TDM:
-    """The roles' optimizers and one method for each line of the algorithm.
+    uses_reward = False
+    check = staticmethod(check_tdm)
 
-    Args:
-        iterations: of the whole run; learning rates that decay are stretched to it.
-        micro_batch: samples that go through the network at once.
-    """
-
-    def __init__(
-        self,
-        roles: Roles,
-        empty: Conditioning,
-        sampler: SamplerConfig,
-        config: TDMConfig,
-        *,
-        iterations: int,
-        micro_batch: int,
-    ) -> None:
-        self.roles = roles
-        self.empty = empty
-        self.sampler = sampler
-        self.config = config
-        self.micro_batch = micro_batch
-        self.optimizers = {
-            Role.GENERATOR: Optimizer(roles.parameters(Role.GENERATOR), config.generator, total=iterations)
-        } | {
-            fake: Optimizer(roles.parameters(fake), config.fake, total=iterations * config.fake_steps)
-            for fake in fake_roles(config)
+    def __init__(self, roles: Roles, empty: Conditioning, settings: AlgorithmSettings) -> None:
+        super().__init__(roles, empty, settings)
+        c, n = settings.tdm, settings.iterations
+        self.config, self.sampler, self.micro_batch = c, settings.sampler, settings.batch.micro_batch
+        self.optimizers = {Role.GENERATOR: Optimizer(roles.parameters(Role.GENERATOR), c.generator, total=n)} | {
+            fake: Optimizer(roles.parameters(fake), c.fake, total=n * c.fake_steps) for fake in fake_roles(c)
         }
 
-    def step(self, conditioning: Conditioning, x_1: Tensor, noise: torch.Generator) -> dict[str, float]:
+    def step(self, batch: Batch) -> dict[str, float]:
         """One iteration of TDM: the whole algorithm."""
-        rollout = self.roll_out(conditioning, x_1, noise)
-        metrics: dict[str, float] = {}
-        for _ in range(self.config.fake_steps):
-            metrics |= self.fit_fake(rollout, noise)
-        return metrics | self.fit_generator(rollout, noise)
+        seconds = Stopwatch()
+        with seconds("rollout"):
+            rollout = self.roll_out(batch)
+        with seconds("fake"):
+            metrics = mean_of_each([self.fit_fake(rollout, batch.noise) for _ in range(self.config.fake_steps)])
+        with seconds("generator"):
+            metrics |= self.fit_generator(rollout, batch.noise)
+        return metrics | seconds.read()
 
-    @torch.no_grad()  # the trajectory is data; only one step of it is re-run with gradient (fit_generator)
-    def roll_out(
-        self, conditioning: Conditioning, x_1: Tensor, noise: torch.Generator, role: Role = Role.GENERATOR
-    ) -> Rollout:
-        """Samples from noise ``x_1`` [B, C, H, W], keeping every x_{t_k}."""
-        trajectory = few_step_sample(self.roles, role, conditioning, x_1, self.sampler, noise, batch=self.micro_batch)
-        return Rollout(trajectory, conditioning)
+    def roll_out(self, batch: Batch) -> Rollout:
+        """The generator's trajectories, keeping every x_{t_k}."""
+        b, role = batch, Role.GENERATOR
+        return roll_out(self.roles, role, b.conditioning, b.x_1, self.sampler, b.noise, micro_batch=self.micro_batch)
 
     def fit_fake(self, rollout: Rollout, noise: torch.Generator) -> dict[str, float]:
         """Eq. 1: the fake score learns to denoise the generator's own samples, at all K steps.
@@ -179,65 +73,57 @@ class TDM:
 
     def fit_fake_at(self, points: Points, fake: Role, rollout: Rollout, noise: torch.Generator) -> dict[str, float]:
         """Eq. 1 for the fake score ``fake`` at ``points`` alone."""
-        draw = self.draw(rollout, noise, points=points, noise_range=self.config.noise_range)
-        total = 0.0
+        draw, n, sums = (
+            draw_points(rollout, noise, points=points, noise_range=self.config.noise_range),
+            len(rollout),
+            Sums(),
+        )
         with self.roles.use(fake) as velocity:
-            for rows in self.micro_batches(rollout):
+            for rows in rollout.micro_batches(self.micro_batch):
                 v = velocity(draw.x_t[rows], draw.t[rows], rollout.conditioning.rows(rows))
                 loss = losses.denoising(v, draw.x_t[rows], draw.eps[rows], draw.s[rows], draw.t[rows])
-                (loss.sum() / len(rollout)).backward()
-                total += float(loss.detach().sum()) / len(rollout)
-        return {f"{fake}/loss": total, f"{fake}/grad_norm": self.optimizers[fake].step()}
+                (loss.sum() / n).backward()
+                sums.add(f"{fake}/loss", loss.sum(), 1 / n)
+        return sums.read() | _named(fake, self.optimizers[fake].step())
 
     def fit_generator(
         self, rollout: Rollout, noise: torch.Generator, reward_part: RewardPart | None = None
     ) -> dict[str, float]:
         """Eq. 2 and 10: moves one step of every trajectory along the distribution-level KL, and the reward's part."""
-        trajectory, n = rollout.trajectory, len(rollout)
-        index = torch.randint(trajectory.steps, (n,), generator=noise).to(trajectory.final.device)
-        t = self._times(trajectory, index, noise, noise_range=self.config.noise_range)
+        trajectory, n, sums = rollout.trajectory, len(rollout), Sums()
+        index = torch.randint(trajectory.steps, (n,), generator=noise)
+        t = draw_times(trajectory, index, noise, noise_range=self.config.noise_range)
         eps, eps_step = (torch.randn(trajectory.final.shape, generator=noise).to(t.device) for _ in range(2))
-        kl_size, reward_size, alignment, scale = 0.0, 0.0, 0.0, 0.0
-        for rows in self.micro_batches(rollout):
+        for rows in rollout.micro_batches(self.micro_batch):
             part = rollout.rows(rows)
             i, c, here = index[rows], part.conditioning, part.trajectory
-            last = (i - 1).clamp_min(0)
-            t_now, t_next, x_now = here.time(i), here.time(i + 1), here.at(i)
             with self.roles.use(Role.GENERATOR) as velocity:  # only the step k+1 -> k, from the stored x_{t_{k+1}}
-                x0 = flow.x0_from_v(velocity(x_now, t_now, c), x_now, t_now)
+                x0 = flow.x0_from_v(velocity(here.at(i), here.time(i), c), here.at(i), here.time(i))
                 with torch.no_grad():  # the direction of Eq. 2 and 11 is a stop-gradient
-                    x_next = solvers.solver_step(
-                        self.sampler.solver,
-                        x0,
-                        here.clean_at(last),
-                        x_now,
-                        here.time(last),
-                        t_now,
-                        t_next,
-                        eps_step[rows],
-                    )
-                    x_t = flow.renoise(x_next, eps[rows], t_next, t[rows])
-                    kl, x0_teacher = self._matching_direction(x_t, t[rows], c, i)
+                    x_t = flow.renoise(self._next(here, i, x0, eps_step[rows]), eps[rows], here.time(i + 1), t[rows])
+                    kl, x0_teacher = self.matching_direction(x_t, t[rows], c, i)
                     reward = reward_part(x_t, t[rows], c) if reward_part else torch.zeros_like(kl)
                     norm = losses.magnitude(x0, x0_teacher, floor=self.config.normalizer_floor)
                     direction = (kl + reward) / flow.expand(norm, kl)
                 (losses.follow(x0, direction).sum() / n).backward()
             share = len(rows) / n
-            kl_size += share * float((kl.abs().flatten(1).mean(1) / norm).mean())
-            reward_size += share * float((reward.abs().flatten(1).mean(1) / norm).mean())
-            alignment += share * float(nn.functional.cosine_similarity(kl.flatten(1), reward.flatten(1)).mean())
-            scale += share * float(norm.mean())
-        metrics = {
-            "generator/kl_part": kl_size,
-            "generator/normalizer": scale,
-            "generator/grad_norm": self.optimizers[Role.GENERATOR].step(),
-        }
-        if reward_part:
-            metrics |= {"generator/reward_part": reward_size, "generator/kl_reward_cosine": alignment}
-        self.roles.average(Role.GENERATOR_EMA, Role.GENERATOR, self.config.generator_ema_decay)
+            sums.add("generator/kl_part", (kl.abs().flatten(1).mean(1) / norm).mean(), share)
+            sums.add("generator/normalizer", norm.mean(), share)
+            if reward_part:
+                sums.add("generator/reward_part", (reward.abs().flatten(1).mean(1) / norm).mean(), share)
+                cosine = nn.functional.cosine_similarity(kl.flatten(1), reward.flatten(1))
+                sums.add("generator/kl_reward_cosine", cosine.mean(), share)
+        metrics = sums.read() | _named(Role.GENERATOR, self.optimizers[Role.GENERATOR].step())
+        self.roles.update_averages(Role.GENERATOR)
         return metrics
 
-    def _matching_direction(self, x_t: Tensor, t: Tensor, c: Conditioning, index: Tensor) -> tuple[Tensor, Tensor]:
+    def _next(self, here: solvers.Trajectory, i: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
+        """x_{t_k}: the solver's step from the stored points of index ``i`` with the clean prediction ``x0``."""
+        last = (i - 1).clamp_min(0)
+        times = here.time(last), here.time(i), here.time(i + 1)
+        return solvers.solver_step(self.sampler.solver, x0, here.clean_at(last), here.at(i), *times, eps)
+
+    def matching_direction(self, x_t: Tensor, t: Tensor, c: Conditioning, index: Tensor) -> tuple[Tensor, Tensor]:
         """Eq. 2's direction at (x_t, t), the teacher with its guidance; and the teacher's clean prediction."""
         with self.roles.use(Role.TEACHER) as velocity:
             teacher = guided(velocity, self.empty, self.config.teacher_guidance)
@@ -246,162 +132,87 @@ class TDM:
         return losses.distribution_matching(x0_fake, x0_teacher), x0_teacher
 
     def fake_velocity(self, x_t: Tensor, t: Tensor, c: Conditioning, index: Tensor) -> Tensor:
-        """The fake score's velocity: of each sample by the one that knows its point of the trajectory, ``index``."""
+        """The fake score's velocity: for each sample that of the role trained on its point of the trajectory."""
         if self.config.fake_scores == "one":
             with self.roles.use(Role.FAKE) as velocity:
                 return velocity(x_t, t, c)
         final = index == self.sampler.steps - 1
         v = torch.empty_like(x_t)
-        for fake, knows in ((Role.FAKE, ~final), (Role.FAKE_FINAL, final)):
-            rows = knows.nonzero()[:, 0]
+        for fake, of in ((Role.FAKE, ~final), (Role.FAKE_FINAL, final)):
+            rows = of.nonzero()[:, 0]
             if len(rows):
                 with self.roles.use(fake) as velocity:
                     v[rows] = velocity(x_t[rows], t[rows], c.rows(rows))
         return v
 
-    # -------------------------------------------------------------------------------------- drawing
-
-    def draw(
-        self,
-        rollout: Rollout,
-        noise: torch.Generator,
-        *,
-        group_size: int = 1,
-        points: Points = "all",
-        noise_range: NoiseRange = "to_noise",
-        time_range: tuple[float, float] = (0.0, 1.0),
-    ) -> Draw:
-        """Draws k, t >= t_k and noise for every sample, shared inside consecutive groups of ``group_size``.
-
-        ``points`` keeps to x_0, the trajectory's end, or to those before it; ``time_range`` narrows t.
-        """
-        n_groups = len(rollout) // group_size
-        trajectory = rollout.trajectory
-        device = trajectory.final.device  # drawn on the generator's device, the CPU: the same on every machine
-        last = trajectory.steps - 1
-        low, high = {"all": (0, last), "earlier": (0, last - 1), "final": (last, last)}[points]
-        index = torch.randint(low, high + 1, (n_groups,), generator=noise).to(device)
-        eps = torch.randn((n_groups, *trajectory.final.shape[1:]), generator=noise).to(device)
-        t = self._times(trajectory, index, noise, noise_range=noise_range, time_range=time_range)
-        index, t, eps = (a.repeat_interleave(group_size, 0) for a in (index, t, eps))
-        s, x_s = trajectory.time(index + 1), trajectory.at(index + 1)
-        return Draw(index, s, t, x_s, flow.renoise(x_s, eps, s, t), eps)
-
-    def _times(
-        self,
-        trajectory: solvers.Trajectory,
-        index: Tensor,
-        noise: torch.Generator,
-        *,
-        noise_range: NoiseRange,
-        time_range: tuple[float, float] = (0.0, 1.0),
-    ) -> Tensor:
-        """t >= t_k of each sample, where grid[index + 1] = t_k; kept off t_k itself and off 1, and inside
-        ``time_range`` where t_k allows it."""
-        low = trajectory.time(index + 1)
-        high = trajectory.time(index) if noise_range == "interval" else torch.ones_like(low)
-        low = torch.where(high > time_range[0], low.clamp_min(time_range[0]), low)
-        high = torch.where(low < time_range[1], high.clamp_max(time_range[1]), high)
-        high = torch.minimum(high, ((1 + low) / 2).clamp_min(TIME_MAX))  # a grid of many steps has t_k above TIME_MAX
-        return flow.uniform(len(index), low + 0.02 * (high - low), high, generator=noise)
-
-    def micro_batches(self, rollout: Rollout) -> Iterator[Tensor]:
-        """Row indices of at most ``micro_batch`` samples at a time, where the samples are: a GPU waits for no copy."""
-        yield from torch.arange(len(rollout), device=rollout.trajectory.final.device).split(self.micro_batch)
-
-    def state(self) -> dict:
+    def state(self) -> dict[str, Any]:
         return {str(role): optimizer.state() for role, optimizer in self.optimizers.items()}
 
-    def load_state(self, state: dict) -> None:
+    def load_state(self, state: Mapping[str, Any]) -> None:
         for role, optimizer in self.optimizers.items():
             optimizer.load_state(state[str(role)])
 
+    # -------------------------------------------------------------------------------------- declarations
+
+    @staticmethod
+    def declare_roles(settings: AlgorithmSettings) -> tuple[RoleSpec, ...]:
+        return generator_and_fake(settings)
+
+    @staticmethod
+    def evaluations(settings: AlgorithmSettings) -> dict[str, Evaluations]:
+        everything = settings.batch.prompts * settings.batch.group
+        return evaluations(settings, everything, reward=0)
+
+
+def generator_and_fake(
+    c: AlgorithmSettings, added: AddedDelta | None = None, exported: AddedDelta | None = None
+) -> tuple[RoleSpec, ...]:
+    """The roles of TDM.
+
+    Args:
+        added: what is added to each of them.
+        exported: what is added to the averaged generator instead.
+    """
+    weights = c.model.roles
+    ema = Average(Role.GENERATOR, c.tdm.generator_ema_decay)
+    return (
+        RoleSpec(Role.GENERATOR, trained=True, weights=weights, added=added, starts_from="student_lora"),
+        RoleSpec(
+            Role.GENERATOR_EMA,
+            average=ema,
+            weights=weights,
+            added=exported or added,
+            starts_from="student_lora",
+            exported_as="lora",
+        ),
+        *(
+            RoleSpec(
+                fake,
+                trained=True,
+                weights=weights,
+                added=added,
+                starts_from="fake_lora",
+                exported_as="lora_fake" if fake is Role.FAKE else None,
+            )
+            for fake in fake_roles(c.tdm)
+        ),
+    )
+
 
 def fake_roles(config: TDMConfig) -> tuple[Role, ...]:
-    """The roles that know the generator's own samples."""
+    """The roles that learn the score of the generator's own samples."""
     return (Role.FAKE,) if config.fake_scores == "one" else (Role.FAKE, Role.FAKE_FINAL)
 
 
-def few_step_sample(
-    roles: Roles,
-    role: Role,
-    c: Conditioning,
-    x_1: Tensor,
-    sampler: SamplerConfig,
-    noise: torch.Generator | None,
-    *,
-    batch: int | None = None,
-) -> solvers.Trajectory:
-    """The few-step trajectory of ``role``, without gradients where the caller says so, ``batch`` samples at a time."""
-    grid = flow.few_step_grid(sampler.steps, sampler.shift)
-
-    def fresh(step: int) -> Tensor:
-        return torch.randn(x_1.shape, generator=noise)
-
-    with roles.use(role) as velocity:
-        v = in_parts(velocity, batch or len(x_1))
-        return solvers.sample(lambda x, t: v(x, t, c), x_1, grid, solver=sampler.solver, noise=fresh)
+def evaluations(c: AlgorithmSettings, trained: int, *, reward: int) -> dict[str, Evaluations]:
+    """What rollout, fake score and generator cost; ``reward``: evaluations of the reward's part for each sample."""
+    teacher = 1 if c.tdm.teacher_guidance == 1 else 2
+    return {
+        "rollout": Evaluations(c.sampler.steps * c.batch.prompts * c.batch.group),
+        "fake score": Evaluations(0, c.tdm.fake_steps * trained, Role.FAKE),
+        "generator": Evaluations((teacher + 1 + reward) * trained, trained, Role.GENERATOR),
+    }
 
 
-class Optimizer:
-    """AdamW with warm-up, final decay and clipping for one role; `step` returns the gradient's norm before clipping.
-
-    An update whose gradient is not finite is skipped; `MAX_SKIPPED` of them in a row raise FloatingPointError.
-
-    Args:
-        total: updates of the whole run, which the decay is a share of.
-    """
-
-    def __init__(self, parameters: list[nn.Parameter], config: OptimizerConfig, *, total: int) -> None:
-        self.config = config
-        self.parameters = parameters
-        self.total = total
-        self.steps = 0
-        self.skipped = 0  # updates in a row whose gradient was not finite
-        kind: Callable[..., torch.optim.Optimizer] = _eight_bit_adamw() if config.eight_bit else torch.optim.AdamW
-        self.adamw = kind(parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay)
-
-    def step(self) -> float:
-        norm = float(nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm))
-        self.steps += 1
-        for group in self.adamw.param_groups:
-            group["lr"] = self.rate()
-        finite = math.isfinite(norm)
-        if finite:
-            self.adamw.step()
-            torch.autograd.graph.increment_version(self.parameters)  # fused kernels do not; `Roles` goes by it
-        self.adamw.zero_grad(set_to_none=True)
-        self.skipped = 0 if finite else self.skipped + 1
-        if self.skipped == MAX_SKIPPED:
-            raise FloatingPointError(
-                f"the gradient was not finite in {MAX_SKIPPED} updates in a row: the run has diverged; go on from an "
-                "earlier checkpoint (--resume --from ITERATION) with a lower learning rate or balance.scale"
-            )
-        return norm
-
-    def rate(self) -> float:
-        """The learning rate of update number ``steps``."""
-        c = self.config
-        left = self.total + 1 - self.steps
-        decay = left / (c.decay_share * self.total) if c.decay_share else 1.0
-        return c.learning_rate * max(min(self.steps / c.warmup_steps, decay, 1.0), 0.0)
-
-    def state(self) -> dict:
-        return {"adamw": self.adamw.state_dict(), "steps": self.steps}
-
-    def load_state(self, state: dict) -> None:
-        """Goes on from `state` with the settings of ``config``: AdamW's own loading would bring the saved ones back."""
-        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.adamw.param_groups]
-        self.adamw.load_state_dict(state["adamw"])
-        for group, own in zip(self.adamw.param_groups, settings, strict=True):
-            group.update(own)
-        self.steps = state["steps"]
-
-
-def _eight_bit_adamw() -> Callable[..., torch.optim.Optimizer]:
-    """bitsandbytes' AdamW. Raises UserError where it is not installed."""
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError as error:
-        raise UserError("eight_bit = True needs bitsandbytes: pip install 'tdm-r1[eight-bit]'") from error
-    return AdamW8bit
+def _named(role: str, metrics: Mapping[str, float]) -> dict[str, float]:
+    return {f"{role}/{name}": value for name, value in metrics.items()}

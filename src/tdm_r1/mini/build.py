@@ -20,10 +20,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..config import CONFIG_FILE
+from ..config.run import CONFIG_FILE
+from ..core.randomness import numpy_rng
 from ..errors import UserError
 from ..files import write_text
-from ..randomness import numpy_rng
 from . import autoencoder, bundle, features, pretrain, signs, text
 from .autoencoder import AutoencoderConfig
 from .pretrain import PretrainConfig

@@ -1,4 +1,4 @@
-"""Where the bundled mini models lie: SD3 pipeline folders, each with two LoRAs and the metrics' network beside it."""
+"""The bundled mini models: SD3 pipeline folders, each with two LoRAs and the metrics' network beside it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from ..errors import UserError
+from ..models.registry import BundledModel
 
 MAX_SEQUENCE_LENGTH = 1  # zero tokens in the absent T5's place; what the bases were trained with
 STUDENT_LORA = "tdm_4step"  # folders beside the pipeline's own
@@ -25,6 +26,16 @@ def bundle_path(name: str = "mini") -> Path:
     return folder
 
 
-def student_path(lora: str) -> Path:
-    """A LoRA's folder; a mini model's name stands for its bundled 4-step student."""
-    return bundle_path(lora) / STUDENT_LORA if lora in MODELS else Path(lora)
+def mini() -> BundledModel:
+    """The model of shapes."""
+    return _bundled("mini")
+
+
+def mini_signs() -> BundledModel:
+    """The model of shapes and signs."""
+    return _bundled("mini_signs")
+
+
+def _bundled(name: str) -> BundledModel:
+    folder = bundle_path(name)
+    return BundledModel(folder, folder / STUDENT_LORA, folder / FAKE_LORA, MAX_SEQUENCE_LENGTH)

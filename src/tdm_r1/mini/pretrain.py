@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .. import flow
-from ..checkpoint import load_state, save_state
+from ..core import flow
+from ..train.checkpoint import load_state, save_state
 from . import autoencoder, text
 from .worlds import modules_of, noisy_spec, picture, prompt_of, world_of
 

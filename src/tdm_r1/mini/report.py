@@ -14,13 +14,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from .. import pictures
-from ..config import RunConfig, load_recipe
+from ..config.load import load_recipe
+from ..config.run import RunConfig
 from ..errors import UserError
-from ..evaluation import Evaluation, Sampling
+from ..evaluate import pictures
+from ..evaluate.evaluation import Evaluation, Sampling
 from ..files import write_text
-from ..roles import Role
-from ..trainer import Run
+from ..models.specification import Role
+from ..train.run import Run
 from .bundle import MODELS
 from .task import DIRECTION
 

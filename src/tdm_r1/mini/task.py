@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ..tasks import Prompt
+from ..tasks.protocol import Prompt
+from ..tasks.settings import TaskConfig
 from . import detector, sign_reader, signs, worlds
 from .bundle import bundle_path
 from .features import FEATURES, FeatureNet, frechet_distance, load_features
@@ -41,6 +42,8 @@ class MiniTask:
 
     Raises ValueError on an unknown family or on weights that do not add up to something positive.
     """
+
+    known: Sequence[Prompt] = ()
 
     def __init__(self, task_weights: dict[str, float] | None = None) -> None:
         weights = task_weights or dict.fromkeys(TASKS, 1.0)
@@ -113,7 +116,9 @@ def _compared_with_renders(
 
 
 class SignTask:
-    """Signs that say a number, every number equally often. The reward is an OCR; these metrics know nothing of it."""
+    """Signs that say a number, every number equally often. The reward is an OCR; these metrics do not use it."""
+
+    known: Sequence[Prompt] = ()
 
     def train_prompts(self, n: int, rng: np.random.Generator) -> list[Prompt]:
         return [_prompt(signs.make_spec(signs.TASK, rng)) for _ in range(n)]
@@ -140,6 +145,16 @@ class SignTask:
             "blur": float(np.mean([r.blur for _, r in known])) if known else float("nan"),
             "ground_noise": float(np.mean(noise)) if noise else float("nan"),
         }
+
+
+def make_shapes(config: TaskConfig) -> MiniTask:
+    """The task of ``task.name = mini``."""
+    return MiniTask(config.weights)
+
+
+def make_signs(config: TaskConfig) -> SignTask:
+    """The task of ``task.name = mini_signs``."""
+    return SignTask()
 
 
 def _clear_of_plate(image: np.ndarray, reading: sign_reader.Reading) -> float:

@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessorPil
 
 from ..errors import UserError
+from ..tasks.geneval_protocol import CLASSES, COLORS, Detection, soft, strict, why_not
 from .clip import VIT_L, Clip
-from .geneval_protocol import CLASSES, COLORS, Detection, soft, strict, why_not
 from .scores import Scores
 
 DETECTOR = "facebook/mask2former-swin-small-coco-instance"

@@ -9,7 +9,7 @@ import logging
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from rapidfuzz.distance import Levenshtein
@@ -82,6 +82,12 @@ class OCRReward:
         read = [_normal(" ".join(self.engine(image))) for image in images]
         values = np.array([self.fidelity(r, t) for r, t in zip(read, targets, strict=True)])
         return Scores(values, {"exact": np.array([float(r == t) for r, t in zip(read, targets, strict=True)])})
+
+
+def ocr(*, formula: Literal["paper", "flow_grpo"] = "paper", detect: bool = True, turn: bool = True) -> OCRReward:
+    """The OCR reward by its settings: the formula, and those of `rapidocr`."""
+    fidelity = {"paper": paper_fidelity, "flow_grpo": flow_grpo_fidelity}[formula]
+    return OCRReward(fidelity, rapidocr(detect=detect, turn=turn))
 
 
 def rapidocr(*, detect: bool = True, turn: bool = True) -> Engine:

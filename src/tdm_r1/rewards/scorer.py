@@ -5,37 +5,21 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
 
+from ..core.groups import spread, standardized
 from ..errors import UserError
-from ..groups import spread, standardized
-from ..tasks import Prompt
+from ..plugins import import_name
+from ..tasks.protocol import Prompt
 from .http import RemoteReward
 from .registry import BUILT_IN, load_reward
 from .scores import Reward, Scores, attempt
+from .settings import ScoringConfig
 from .workers import Workers
 
 FAILED_BATCHES = 3  # in a row without any score, after which a run stops; at its start a single one is enough
 FLAT_BATCHES = 10  # from the start without any difference inside a group, after which a run stops
-
-
-class ScoringConfig(BaseModel):
-    """Where and how rewards are computed."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    workers: int = Field(0, ge=0, description="Processes for each reward; 0 scores in the training process. Ours.")
-    timeout: float = Field(60.0, gt=0, description="Seconds that a worker or a server may take for a chunk. Ours.")
-    load_timeout: float = Field(
-        1800.0, gt=0, description="Seconds that a worker may take to load its reward, downloads included. Ours."
-    )
-    chunk: int = Field(16, ge=1, description="Samples a call, in workers and to a server. Ours.")
-    normalize: Literal["none", "group"] = Field(
-        "none", description="group: each reward of a sum has mean 0 and deviation 1 in each group first. Ours."
-    )
 
 
 @dataclass(frozen=True)
@@ -104,9 +88,10 @@ class Scorer:
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raises UserError if a reward cannot score one of ``prompts``, before anything is trained on them."""
         for term in self.terms:
-            check = BUILT_IN[term.name].check if term.name in BUILT_IN else None
-            if check is None:
+            named = BUILT_IN[term.name].check if term.name in BUILT_IN else None
+            if named is None:
                 continue
+            check = import_name(named, "reward")
             for number, prompt in enumerate(prompts, start=1):
                 try:
                     check(prompt.text, prompt.metadata)

@@ -1,0 +1,89 @@
+"""What an algorithm is: the roles it declares, one `step`, and a state to go on from."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..models.protocol import Conditioning
+from ..models.roles import Roles
+from ..models.specification import RoleSpec
+from .settings import AlgorithmSettings
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One iteration's input. Samples of one prompt (a group) are consecutive.
+
+    Args:
+        conditioning: of B = P * G samples.
+        x_1: their noise, [B, C, H, W].
+        group: samples of a prompt, G.
+        noise: for everything that the iteration draws; on the CPU, so that it is the same on every machine.
+        score: decodes final latents [B, C, H, W] and scores them: float64 [B] on the CPU, NaN where a score is missing.
+    """
+
+    conditioning: Conditioning
+    x_1: Tensor
+    group: int
+    noise: torch.Generator
+    score: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Evaluations:
+    """Samples that a part of an iteration sends through a network, without and with gradient.
+
+    ``role``: the role that is trained, for the part's memory; None where nothing is.
+    """
+
+    frozen: int = 0
+    trained: int = 0
+    role: str | None = None
+
+
+class Algorithm(ABC):
+    """Sub-class it, and name it in `registry.ALGORITHMS` or as package.module:Class.
+
+    Args:
+        roles: those that `declare_roles` declared.
+        empty: the conditioning of the empty prompt, one sample, for guidance.
+        settings: the run's.
+    """
+
+    uses_reward: ClassVar[bool] = True
+
+    def __init__(self, roles: Roles, empty: Conditioning, settings: AlgorithmSettings) -> None:
+        self.roles, self.empty, self.settings = roles, empty, settings
+
+    @staticmethod
+    def check(settings: AlgorithmSettings) -> None:
+        """Raises ValueError on settings with which the algorithm cannot run."""
+        del settings  # one that can run with any does not look at them
+
+    @staticmethod
+    @abstractmethod
+    def declare_roles(settings: AlgorithmSettings) -> tuple[RoleSpec, ...]:
+        """The roles beside the teacher, which every run has."""
+
+    @staticmethod
+    def evaluations(settings: AlgorithmSettings) -> dict[str, Evaluations]:
+        """What each part of an iteration costs, by name; an empty one makes no estimate."""
+        return {}
+
+    @abstractmethod
+    def step(self, batch: Batch) -> dict[str, float]:
+        """One iteration; returns metrics by name."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint needs beside the roles' weights: nested dicts and lists of tensors and plain values."""
+
+    @abstractmethod
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Goes on from `state`."""

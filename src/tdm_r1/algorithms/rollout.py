@@ -1,0 +1,122 @@
+"""Trajectories of the generator, and re-noised points of them: what every loss is computed on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..core import flow, solvers
+from ..models.protocol import Conditioning, in_parts
+from ..models.roles import Roles
+from .settings import NoiseRange, SamplerConfig
+
+Points = Literal["all", "earlier", "final"]  # of a trajectory: every x_{t_k}, those before x_0, x_0
+TIME_MAX = 0.99  # t is drawn below it where t_k is: at t = 1 every point of a trajectory is the same noise
+TIME_GAP = 0.02  # share of the range above t_k that is left out: at t = t_k there is no noise to remove
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Trajectories of B samples and the prompts that they were made for."""
+
+    trajectory: solvers.Trajectory
+    conditioning: Conditioning
+
+    def __len__(self) -> int:
+        return len(self.conditioning)
+
+    def rows(self, rows: Tensor) -> Rollout:
+        """The samples in ``rows`` [N] (int64)."""
+        return Rollout(self.trajectory.rows(rows), self.conditioning.rows(rows))
+
+    def micro_batches(self, size: int) -> Iterator[Tensor]:
+        """Row indices of at most ``size`` samples at a time."""
+        yield from torch.arange(len(self)).split(size)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Points of a rollout, re-noised: x_t ~ q(x_t | x_s) with s = t_k. ``index`` i has grid[i] = t_{k+1}.
+
+    index: int64 [B] in 0..K-1, the step whose result is x_s. s, t: [B]. x_t, eps: [B, C, H, W].
+    """
+
+    index: Tensor
+    s: Tensor
+    t: Tensor
+    x_t: Tensor
+    eps: Tensor
+
+
+@torch.no_grad()  # the trajectory is data; only one step of it is re-run with gradient (TDM.fit_generator)
+def roll_out(
+    roles: Roles,
+    role: str,
+    conditioning: Conditioning,
+    x_1: Tensor,
+    sampler: SamplerConfig,
+    noise: torch.Generator | None,
+    *,
+    micro_batch: int,
+) -> Rollout:
+    """The few-step trajectories of a role from noise ``x_1`` [B, C, H, W], keeping every x_{t_k}."""
+    grid = flow.few_step_grid(sampler.steps, sampler.shift)
+
+    def fresh(step: int) -> Tensor:
+        return torch.randn(x_1.shape, generator=noise)
+
+    with roles.use(role) as velocity:
+        v = in_parts(velocity, micro_batch)
+        trajectory = solvers.sample(lambda x, t: v(x, t, conditioning), x_1, grid, solver=sampler.solver, noise=fresh)
+    return Rollout(trajectory, conditioning)
+
+
+def draw_points(
+    rollout: Rollout,
+    noise: torch.Generator,
+    *,
+    group_size: int = 1,
+    points: Points = "all",
+    noise_range: NoiseRange = "to_noise",
+    time_range: tuple[float, float] = (0.0, 1.0),
+) -> Draw:
+    """Draws k, t >= t_k and noise for every sample, shared inside consecutive groups of ``group_size``.
+
+    Args:
+        noise: on the CPU: the same numbers on every machine.
+        points: x_0 alone, those before it, or all.
+        noise_range, time_range: see `draw_times`.
+    """
+    n_groups, trajectory = len(rollout) // group_size, rollout.trajectory
+    device, last = trajectory.points.device, trajectory.steps - 1
+    low, high = {"all": (0, last), "earlier": (0, last - 1), "final": (last, last)}[points]
+    index = torch.randint(low, high + 1, (n_groups,), generator=noise)  # on the CPU, so that a GPU waits for nothing
+    eps = torch.randn((n_groups, *trajectory.final.shape[1:]), generator=noise).to(device)
+    t = draw_times(trajectory, index, noise, noise_range=noise_range, time_range=time_range)
+    index, t, eps = (a.repeat_interleave(group_size, 0) for a in (index, t, eps))
+    s = trajectory.time(index + 1)
+    return Draw(index, s, t, flow.renoise(trajectory.at(index + 1), eps, s, t), eps)
+
+
+def draw_times(
+    trajectory: solvers.Trajectory,
+    index: Tensor,
+    noise: torch.Generator,
+    *,
+    noise_range: NoiseRange,
+    time_range: tuple[float, float] = (0.0, 1.0),
+) -> Tensor:
+    """t >= t_k of each sample [B], where grid[index + 1] = t_k.
+
+    ``noise_range``: up to 1, or to t_{k+1}. ``time_range`` narrows it where t_k allows that. t stays off t_k and 1.
+    """
+    low = trajectory.time(index + 1)
+    high = trajectory.time(index) if noise_range == "interval" else torch.ones_like(low)
+    low = torch.where(high > time_range[0], low.clamp_min(time_range[0]), low)
+    high = torch.where(low < time_range[1], high.clamp_max(time_range[1]), high)
+    high = torch.minimum(high, ((1 + low) / 2).clamp_min(TIME_MAX))  # a grid of many steps has t_k above TIME_MAX
+    return flow.uniform(len(index), low + TIME_GAP * (high - low), high, generator=noise)

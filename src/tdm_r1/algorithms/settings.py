@@ -1,0 +1,244 @@
+"""Settings of the algorithms, and the rules between them. Free of torch.
+
+Each description ends with where its default comes from: the paper (TDM-R1), TDM, DGPO, or ours.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Protocol
+
+from pydantic import Field, field_validator, model_validator
+
+from ..models.settings import ModelConfig
+from ..settings import SHAPES_CHECKPOINT, Settings
+
+Solver = Literal["euler", "dpm", "stochastic"]
+NoiseRange = Literal["to_noise", "interval"]
+
+
+class SamplerConfig(Settings):
+    """The few-step sampler, in training and afterwards."""
+
+    steps: int = Field(4, ge=1, description="Forward evaluations an image, K; default: paper.")
+    shift: float = Field(3.0, gt=0, description="Shift of the time grid towards noise; default: SD3.")
+    solver: Solver = Field("euler", description="euler, dpm (Flow-DPM-Solver, as the paper) or stochastic.")
+
+
+class BatchConfig(Settings):
+    """One iteration's samples."""
+
+    prompts: int = Field(8, ge=1, description="Prompts (groups) an iteration; default: ours.")
+    group: int = Field(24, ge=1, description="Samples a prompt that are scored, G; default: paper.")
+    trained: int | None = Field(
+        None, ge=1, description="Samples of a group in each update (extremes in the surrogate's); else all of them."
+    )
+    micro_batch: int = Field(128, ge=1, description="Samples that go through the network at once; changes no result.")
+
+    @property
+    def trained_of_group(self) -> int:
+        """Samples of a group that each update sees."""
+        return self.trained or self.group
+
+
+class OptimizerConfig(Settings):
+    """AdamW of one role."""
+
+    learning_rate: float = Field(1e-4, gt=0)
+    betas: tuple[float, float] = Field((0.0, 0.95), description="default: TDM (PixArt).")
+    weight_decay: float = Field(0.0, ge=0, description="default: ours.")
+    max_grad_norm: float = Field(1.0, gt=0, description="default: ours.")
+    warmup_steps: int = Field(10, ge=1, description="Updates of linear warm-up; default: ours.")
+    decay_share: float = Field(
+        0.0, ge=0, le=1, description="Last share of the run in which the rate falls linearly to zero; default: ours."
+    )
+    eight_bit: bool = Field(
+        False,
+        description="AdamW's averages in 8 bits (bitsandbytes): for full weights, of little use for LoRA.",
+        json_schema_extra=SHAPES_CHECKPOINT,
+    )
+
+
+class TDMConfig(Settings):
+    """Settings of TDM. Those of the mini recipes were measured (docs/notes)."""
+
+    generator: OptimizerConfig = OptimizerConfig(learning_rate=2e-4)
+    fake: OptimizerConfig = OptimizerConfig(learning_rate=4e-4)
+    fake_steps: int = Field(1, ge=1, description="Fake-score updates per generator update; default: ours.")
+    teacher_guidance: float = Field(3.0, ge=1, description="Guidance scale of the teacher, 1 for none; default: ours.")
+    generator_ema_decay: float = Field(
+        0.98, ge=0, lt=1, description="Of the averaged generator, which is evaluated and exported; default: ours."
+    )
+    fake_scores: Literal["one", "two"] = Field(
+        "one",
+        json_schema_extra=SHAPES_CHECKPOINT,
+        description="one: a fake score for all points of the trajectory (TDM). two: x_0 has its own, trained on the "
+        "final samples alone; ours, docs/method.md.",
+    )
+    noise_range: NoiseRange = Field(
+        "to_noise",
+        description="t of the fake score and the KL part is drawn in [t_k, 1) or in [t_k, t_{k+1}); TDM has both.",
+    )
+    normalizer_floor: float = Field(0.05, gt=0, description="Least value of DMD's normaliser; default: ours.")
+
+
+class SurrogateConfig(Settings):
+    """How the surrogate reward is learned from group preferences."""
+
+    weights: Literal["lora", "full"] = Field(
+        "lora",
+        json_schema_extra=SHAPES_CHECKPOINT,
+        description="lora: an adapter on the backbone (paper). full: a transformer of its own, as is its average; it "
+        "learns more and needs more memory; ours, docs/notes. With model.roles = full it is full in any case.",
+    )
+    loss: Literal["anchored", "preference"] = Field(
+        "anchored", description="anchored: a convex regression, ours. preference: Eq. 9 and 18 of the paper."
+    )
+    reference: Literal["dynamic", "static", "fake"] = Field(
+        "static", description="dynamic: average of phi (paper). static: phi's start. fake: the fake score."
+    )
+    baseline: Literal["reference", "fake"] = Field(
+        "fake", description="What the anchored target is measured from; fake makes it exact; default: ours, docs/notes."
+    )
+    trust_region: Literal["none", "clip", "anchor"] = Field(
+        "none", description="Of the preference loss: clip of the log-ratio, or a quadratic anchor to the reference."
+    )
+    clip: float = Field(
+        1e-3,
+        gt=0,
+        description="Largest gain |l_phi - l_ref| that still gives gradient (trust_region clip); default: ours.",
+    )
+    anchor_weight: float = Field(
+        10.0, ge=0, description="Weight of |v_phi - v_ref|^2 (trust_region anchor); default: ours."
+    )
+    beta: float = Field(100.0, gt=0, description="default: paper; tied to losses that are means over dimensions.")
+    kappa: float = Field(1.0, gt=0, description="Scale of the anchored target; default: ours.")
+    measured_groups: int = Field(
+        2, ge=0, description="Fresh groups an iteration on which phi is measured first; default: ours."
+    )
+    draws: int = Field(
+        4, ge=1, description="(k, t, noise) draws, each an update, per rollout; default: ours, docs/notes."
+    )
+    points: Literal["all", "final"] = Field(
+        "all", description="Trajectory points that phi learns from: every x_{t_k} (paper), or x_0 alone."
+    )
+    time_range: tuple[float, float] = Field(
+        (0.0, 1.0),
+        description="Noise levels at which phi is trained and used; outside, the KL part acts alone; default: ours.",
+    )
+    shared_noise: bool = Field(True, description="One t, k and noise per group; default: DGPO.")
+    reference_decay: float = Field(0.995, ge=0, lt=1, description="Decay of the dynamic reference; default: ours.")
+    ema_decay: float = Field(
+        0.99, ge=0, lt=1, description="Decay of the average of phi whose direction is used; default: ours, docs/notes."
+    )
+    added_delta: float = Field(
+        0.0,
+        ge=0,
+        description="Weight at which the averaged phi's change of weights is added to generator and fake score; 0 is "
+        "the paper; ours, docs/method.md.",
+    )
+    added_delta_exported: float | None = Field(
+        None,
+        gt=0,
+        description="The same for the averaged generator, which is evaluated and exported; training does not use it. "
+        "None: as added_delta. Ours, docs/notes.",
+    )
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-4, betas=(0.9, 0.99))
+
+    @field_validator("time_range")
+    @classmethod
+    def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
+        low, high = value
+        if not 0 <= low < high <= 1:
+            raise ValueError("give two noise levels, 0 <= low < high <= 1")
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> SurrogateConfig:
+        if self.added_delta_exported and not self.added_delta:
+            raise ValueError(
+                f"surrogate.added_delta_exported = {self.added_delta_exported} with added_delta = 0: the exported "
+                "generator adds what training adds; set surrogate.added_delta, or added_delta_exported to null"
+            )
+        if self.reference == "dynamic" and self.ema_decay >= self.reference_decay:
+            raise ValueError(
+                f"surrogate.ema_decay = {self.ema_decay} with reference_decay = {self.reference_decay}: the reward is "
+                "the averaged phi against its dynamic reference, a slower average; lower ema_decay"
+            )
+        return self
+
+
+class BalanceConfig(Settings):
+    """The weight of the reward's part of the generator's direction against the KL part."""
+
+    policy: Literal["fixed", "ratio"] = Field(
+        "fixed", description="fixed: a guidance scale. ratio: a slow, bounded controller towards reward:KL = ratio."
+    )
+    scale: float = Field(
+        4.0, ge=0, description="The guidance scale, and the controller's start; default: ours, docs/notes."
+    )
+    ratio: float = Field(2.0, gt=0, description="reward:KL of the gradient; default: paper.")
+    rate: float = Field(0.02, gt=0, description="The controller's step in log scale; default: ours.")
+    bounds: tuple[float, float] = Field((0.5, 20.0), description="Bounds of the controlled scale; default: ours.")
+
+
+class AlgorithmSettings(Protocol):
+    """What an algorithm reads of a run's settings (`config.RunConfig` has it)."""
+
+    @property
+    def iterations(self) -> int: ...
+    @property
+    def model(self) -> ModelConfig: ...
+    @property
+    def batch(self) -> BatchConfig: ...
+    @property
+    def sampler(self) -> SamplerConfig: ...
+    @property
+    def tdm(self) -> TDMConfig: ...
+    @property
+    def surrogate(self) -> SurrogateConfig: ...
+    @property
+    def balance(self) -> BalanceConfig: ...
+    @property
+    def algorithm_settings(self) -> dict[str, Any]: ...
+
+
+def check_tdm(settings: AlgorithmSettings) -> None:
+    """Raises ValueError on settings with which TDM cannot run."""
+    c, b = settings, settings.batch
+    if b.trained is not None and b.trained > b.group:
+        raise ValueError(f"batch.trained = {b.trained} is more than batch.group = {b.group}: lower it")
+    if c.tdm.fake_scores == "two" and b.prompts * b.trained_of_group < 2:
+        raise ValueError(
+            "tdm.fake_scores = two with one sample an iteration: each fake score learns from half of them; raise "
+            "batch.prompts or batch.group, or set tdm.fake_scores to one"
+        )
+    if c.tdm.fake_scores == "two" and c.sampler.steps < 2:
+        raise ValueError(
+            f"tdm.fake_scores = two with sampler.steps = {c.sampler.steps}: x_0 is the only point of the trajectory; "
+            "use more steps, or set tdm.fake_scores to one"
+        )
+
+
+def check_tdm_r1(settings: AlgorithmSettings) -> None:
+    """Raises ValueError on settings with which TDM-R1 cannot run."""
+    check_tdm(settings)
+    c, b, s = settings, settings.batch, settings.surrogate
+    if b.group < 2:
+        raise ValueError(f"batch.group = {b.group}: TDM-R1 compares samples of one prompt; use 2 or more")
+    if b.trained == 1:
+        raise ValueError("batch.trained = 1: one sample of a group has nothing to be compared with; use 2 or more")
+    if s.added_delta and c.model.roles == "full":
+        raise ValueError(
+            f"surrogate.added_delta = {s.added_delta} with model.roles = full: it is added to adapters alone; set it "
+            "to 0"
+        )
+    if s.added_delta and s.weights == "full" and c.model.dtype != "float32":
+        raise ValueError(
+            "surrogate.added_delta with surrogate.weights = full adds to a copy of the backbone's weights, where small "
+            f"changes vanish in {c.model.dtype}: set added_delta to 0, or model.dtype to float32"
+        )
+    if c.tdm.fake_scores == "two" and s.reference == "fake":
+        raise ValueError(
+            "surrogate.reference = fake with tdm.fake_scores = two: which of them is not defined; set tdm.fake_scores "
+            "to one, or use another reference"
+        )

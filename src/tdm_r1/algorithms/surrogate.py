@@ -1,0 +1,229 @@
+"""The surrogate reward: a diffusion model phi learned from group preferences (steps 3 and 4 of Algorithm 1)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..core import flow, losses
+from ..models.protocol import Conditioning, in_parts
+from ..models.roles import Roles
+from ..models.specification import Role
+from .metrics import Sums
+from .optimizer import Optimizer
+from .rollout import Draw, Rollout, draw_points
+from .settings import AlgorithmSettings
+from .tdm import TDM, RewardPart
+
+
+class Surrogate:
+    """Phi, its reference and its optimizer.
+
+    Args:
+        tdm: whose fake score may be the reference or the baseline.
+    """
+
+    def __init__(self, roles: Roles, tdm: TDM, settings: AlgorithmSettings) -> None:
+        self.roles, self.tdm, self.config = roles, tdm, settings.surrogate
+        self.group_size, self.micro_batch = settings.batch.group, settings.batch.micro_batch
+        total = settings.iterations * self.config.draws
+        self.optimizer = Optimizer(roles.parameters(Role.SURROGATE), self.config.optimizer, total=total)
+        self.probe = Probe()
+
+    def fit(self, rollout: Rollout, advantage: Tensor, rows: Tensor, noise: torch.Generator) -> dict[str, float]:
+        """One update of phi on the samples in ``rows``, those that carry signal, at a fresh draw of (k, t, noise)."""
+        draw = self.draw(rollout, noise, self.group_size if self.config.shared_noise else 1)
+        metrics: dict[str, float] = {}
+        if len(rows):
+            fit = self._fit_anchored if self.config.loss == "anchored" else self._fit_preference
+            metrics = fit(rollout, advantage, draw, rows)
+            metrics |= {f"surrogate/{name}": value for name, value in self.optimizer.step().items()}
+        self.roles.update_averages(Role.SURROGATE)  # the reference, where it is dynamic, and the phi that is used
+        return metrics
+
+    def _fit_anchored(self, rollout: Rollout, advantage: Tensor, draw: Draw, rows: Tensor) -> dict[str, float]:
+        n, sums = len(rows), Sums()
+        for part in rows.split(self.micro_batch):
+            x_t, t, c = draw.x_t[part], draw.t[part], rollout.conditioning.rows(part)
+            v_ref = self.reference_velocity(x_t, t, c)
+            v_base = self.baseline_velocity(x_t, t, c, draw.index[part], v_ref)
+            with self.roles.use(Role.SURROGATE) as velocity:
+                v_phi = velocity(x_t, t, c)
+                loss = losses.anchored_regression(
+                    v_phi,
+                    v_ref,
+                    v_base,
+                    x_t,
+                    draw.eps[part],
+                    draw.s[part],
+                    t,
+                    advantage[part],
+                    kappa=self.config.kappa,
+                )
+                (loss.sum() / n).backward()
+            sums.add("surrogate/loss", loss.sum(), 1 / n)
+            gap = (v_phi.detach() - v_ref).square().mean()
+            sums.add("surrogate/distance_from_reference", gap, len(part) / n)
+        return sums.read()
+
+    def _fit_preference(self, rollout: Rollout, advantage: Tensor, draw: Draw, rows: Tensor) -> dict[str, float]:
+        """Eq. 8, 9 and 18. The group's sum stands inside the sigmoid. A group that is larger than a micro-batch takes a
+        first pass without gradient that finds the sum, and a second that follows the sigmoid's slope there: so the
+        gradient is exact."""
+        group = torch.arange(len(rollout), device=rows.device) // self.group_size
+        parts = whole_groups(rows, group[rows], self.micro_batch)
+        split = parts is None
+        parts = parts or list(rows.split(self.micro_batch))
+        used = group[rows].unique()
+        sums_of_groups = self._sums_of_groups(rollout, advantage, draw, parts, group) if split else None
+        slope = _slope(sums_of_groups, self.config.beta) if sums_of_groups is not None else None
+        metrics, found = Sums(), []
+        for part in parts:
+            with self.roles.use(Role.SURROGATE):
+                terms, gap = self._preference_terms(rollout, advantage, draw, part)
+                if slope is not None:
+                    loss = (slope[group[part]] * terms).sum()
+                else:
+                    sums = _sum_by(terms, group[part])
+                    loss = losses.group_preference(sums, beta=self.config.beta).sum()
+                    found.append(sums.detach())
+                loss = loss / len(used)
+                if self.config.trust_region == "anchor":
+                    loss = loss + self.config.anchor_weight * gap.sum() / len(rows)
+                loss.backward()
+            metrics.add("surrogate/distance_from_reference", gap.sum(), 1 / len(rows))
+        sums = sums_of_groups[used] if sums_of_groups is not None else torch.cat(found)
+        metrics.add("surrogate/loss", losses.group_preference(sums, beta=self.config.beta).mean())
+        metrics.add("surrogate/saturation", losses.saturation(self.config.beta * sums))
+        return metrics.read()
+
+    @torch.no_grad()  # the value inside each group's sigmoid
+    def _sums_of_groups(
+        self, rollout: Rollout, advantage: Tensor, draw: Draw, parts: list[Tensor], group: Tensor
+    ) -> Tensor:
+        inside = [self._preference_terms(rollout, advantage, draw, part)[0] for part in parts]
+        sums = inside[0].new_zeros(len(rollout) // self.group_size)
+        return sums.index_add(0, group[torch.cat(parts)].to(sums.device), torch.cat(inside))
+
+    def _preference_terms(self, rollout: Rollout, advantage: Tensor, draw: Draw, part: Tensor) -> tuple[Tensor, Tensor]:
+        """(T - t_k) A_i (l_phi - l_ref) of the samples in ``part``, over the group size; and |v_phi - v_ref|^2."""
+        x_t, eps, s, t = draw.x_t[part], draw.eps[part], draw.s[part], draw.t[part]
+        c = rollout.conditioning.rows(part)
+        v_ref = self.reference_velocity(x_t, t, c)
+        with self.roles.use(Role.SURROGATE) as velocity:
+            v_phi = velocity(x_t, t, c)
+        loss_phi, loss_ref = (losses.denoising(v, x_t, eps, s, t) for v in (v_phi, v_ref))
+        if self.config.trust_region == "clip":
+            loss_phi = loss_ref + losses.clipped(loss_phi - loss_ref, advantage[part], self.config.clip)
+        terms = losses.preference_terms(loss_phi, loss_ref, advantage[part], 1 - s) / self.group_size
+        return terms, (v_phi - v_ref).square().flatten(1).mean(1)
+
+    def draw(self, rollout: Rollout, noise: torch.Generator, group_size: int) -> Draw:
+        """Points and noise levels that phi is trained at."""
+        c = self.config
+        return draw_points(rollout, noise, group_size=group_size, points=c.points, time_range=c.time_range)
+
+    @torch.no_grad()  # a constant of the surrogate's loss
+    def reference_velocity(self, x_t: Tensor, t: Tensor, c: Conditioning) -> Tensor:
+        """What phi's change is measured against: its start, its slow average or the fake score."""
+        role = {"fake": Role.FAKE, "static": Role.TEACHER, "dynamic": Role.REFERENCE}[self.config.reference]
+        with self.roles.use(role) as velocity:
+            return velocity(x_t, t, c)
+
+    @torch.no_grad()  # so is the baseline
+    def baseline_velocity(self, x_t: Tensor, t: Tensor, c: Conditioning, index: Tensor, v_ref: Tensor) -> Tensor:
+        """What the anchored targets are measured from; the preference loss has the reference alone."""
+        fake = self.config.loss == "anchored" and self.config.baseline == "fake"
+        return self.tdm.fake_velocity(x_t, t, c, index) if fake else v_ref
+
+    @torch.no_grad()  # the reward's gradient is a stop-gradient in Eq. 11
+    def direction(self, x_t: Tensor, t: Tensor, c: Conditioning) -> Tensor:
+        """Eq. 10: the direction in which log p_phi(x_t)/p_ref(x_t) falls, at the noise levels that phi knows."""
+        with self.roles.use(Role.SURROGATE_EMA) as velocity:
+            x0_phi = flow.x0_from_v(velocity(x_t, t, c), x_t, t)
+        x0_ref = flow.x0_from_v(self.reference_velocity(x_t, t, c), x_t, t)
+        low, high = self.config.time_range
+        return flow.expand((t >= low) & (t <= high), x_t) * losses.reward_direction(x0_phi, x0_ref)
+
+    # -------------------------------------------------------------------------------------- diagnostics
+
+    @torch.no_grad()  # diagnostics only
+    def measure(
+        self, rollout: Rollout, advantage: Tensor, noise: torch.Generator, part: RewardPart
+    ) -> dict[str, float]:
+        """On groups that phi was not trained on yet: how often its implicit reward orders a better and a worse sample
+        rightly (.5 is chance). On a probe that stays the same: the cosine of successive reward directions."""
+        rows = torch.arange(len(rollout))[: self.config.measured_groups * self.group_size]
+        advantage = advantage[rows]
+        if not bool(advantage.any()):
+            return {}
+        draw = self.draw(rollout, noise, self.group_size)
+        implicit = torch.cat([self._implicit_reward(rollout, draw, some) for some in rows.split(self.micro_batch)])
+        points = draw.x_t[rows], draw.t[rows], rollout.conditioning.rows(rows)
+        return {
+            "surrogate/preference_accuracy": preference_accuracy(implicit, advantage, self.group_size),
+            "surrogate/direction_cosine": self.probe.cosine(*points, in_parts(part, self.micro_batch)),
+        }
+
+    def _implicit_reward(self, rollout: Rollout, draw: Draw, part: Tensor) -> Tensor:
+        """By how much phi's change, on top of what its targets start from, explains the samples in ``part`` better."""
+        x_t, eps, s, t = draw.x_t[part], draw.eps[part], draw.s[part], draw.t[part]
+        c = rollout.conditioning.rows(part)
+        v_ref = self.reference_velocity(x_t, t, c)
+        v_base = self.baseline_velocity(x_t, t, c, draw.index[part], v_ref)
+        with self.roles.use(Role.SURROGATE_EMA) as velocity:
+            v_phi = v_base + velocity(x_t, t, c) - v_ref
+        return losses.denoising(v_base, x_t, eps, s, t) - losses.denoising(v_phi, x_t, eps, s, t)
+
+
+def whole_groups(rows: Tensor, group: Tensor, size: int) -> list[Tensor] | None:
+    """``rows`` in parts of at most ``size`` that split no group; None if a group is larger. Groups are consecutive."""
+    parts: list[list[Tensor]] = []
+    room = 0
+    for members in torch.split(rows, group.unique_consecutive(return_counts=True)[1].tolist()):
+        if len(members) > size:
+            return None
+        if len(members) > room:
+            parts.append([])
+            room = size
+        parts[-1].append(members)
+        room -= len(members)
+    return [torch.cat(part) for part in parts]
+
+
+def _sum_by(terms: Tensor, group: Tensor) -> Tensor:
+    """Sums of the terms of each group that occurs, [n]."""
+    which, inverse = group.unique(return_inverse=True)
+    return terms.new_zeros(len(which)).index_add(0, inverse.to(terms.device), terms)
+
+
+def _slope(sums: Tensor, beta: float) -> Tensor:
+    """d group_preference / d sum of each group."""
+    sums = sums.detach().requires_grad_(True)
+    (slope,) = torch.autograd.grad(losses.group_preference(sums, beta=beta).sum(), sums)
+    return slope
+
+
+class Probe:
+    """The first batch that it is given, kept, to compare successive reward directions on."""
+
+    def __init__(self) -> None:
+        self._points: tuple[Tensor, Tensor, Conditioning] | None = None
+        self._last: Tensor | None = None
+
+    def cosine(self, x_t: Tensor, t: Tensor, c: Conditioning, direction_of: RewardPart) -> float:
+        """Mean cosine between the direction now and at the last call; NaN at the first."""
+        self._points = self._points or (x_t, t, c)
+        direction = direction_of(*self._points).flatten(1)
+        last, self._last = self._last, direction
+        return math.nan if last is None else float(nn.functional.cosine_similarity(direction, last).mean())
+
+
+def preference_accuracy(implicit: Tensor, advantage: Tensor, group_size: int) -> float:
+    """Share of pairs inside a group with unlike advantages that ``implicit`` orders alike; .5 is chance."""
+    r, a = implicit.reshape(-1, group_size), advantage.reshape(-1, group_size)
+    better = a[:, :, None] > a[:, None, :] + 1e-6
+    right = (r[:, :, None] > r[:, None, :]) & better
+    return float(right.sum() / better.sum().clamp_min(1))

@@ -1,0 +1,1 @@
+"""The settings of a run: a schema, recipes in YAML, overrides by dotted name. Free of torch."""

@@ -1,0 +1,122 @@
+"""Recipes by name, by path and by a run's folder; and how two configurations differ."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import UserError
+from ..settings import SHAPES_CHECKPOINT, STARTS_RUN, fixed_settings
+from .recipes import recipe_names, recipe_text
+from .run import CONFIG_FILE, RunConfig, validate
+
+
+def load_recipe(name: str) -> RunConfig:
+    """A recipe by name, by path, or a run's own configuration by its folder.
+
+    A recipe may say ``extends: OTHER`` and give its differences alone. A run's configuration means the folder that it
+    lies in, wherever that was copied.
+
+    Raises UserError naming the field, the value and the fix.
+    """
+    values = _recipe_values(name)
+    if not _is_folder(name):
+        return validate(values)
+    folder = Path(name) if Path(name).name not in ("", "..") else Path(name).resolve()
+    try:
+        config = validate(values).override({"output": folder.parent, "name": folder.name})
+    except UserError as error:
+        raise UserError(f"{folder / CONFIG_FILE}: {error}") from error
+    return config.override(_own_distillation(config)) if config.distill_with else config
+
+
+def _own_distillation(config: RunConfig) -> dict[str, str]:
+    """The LoRAs that a run distilled for its start, where its folder lies now."""
+    found = {}
+    for name in ("student_lora", "fake_lora"):
+        lora = Path(getattr(config.model, name) or "")
+        here = config.folder / "distill" / lora.name
+        if lora.parent.name == "distill" and here.is_dir():
+            found[f"model.{name}"] = str(here)
+    return found
+
+
+def run_of(lora: str | Path) -> RunConfig | None:
+    """The settings of the run that wrote a LoRA's folder, where they lie beside it and can be read."""
+    folder = str(Path(lora).parent.resolve())  # in full: runs are often called as their recipes
+    try:
+        return load_recipe(folder) if _is_folder(folder) else None
+    except UserError:
+        return None  # of another version
+
+
+def _is_folder(name: str) -> bool:
+    return name not in recipe_names() and (Path(name) / CONFIG_FILE).is_file()
+
+
+def differences(old: RunConfig, new: RunConfig) -> list[tuple[str, Any, Any]]:
+    """(dotted name, old value, new value) of each setting that is not the same; where the folder is does not count."""
+    a, b = (_flat(config.model_dump(mode="json", exclude={"output", "name"})) for config in (old, new))
+    return [(name, a.get(name), b.get(name)) for name in a | b if a.get(name) != b.get(name)]
+
+
+def require_same_run(before: RunConfig, now: RunConfig) -> None:
+    """Raises UserError if a resumed run changes what it cannot: which weights its checkpoint holds, or its start."""
+    shaping, starting = (fixed_settings(RunConfig, mark) for mark in (SHAPES_CHECKPOINT, STARTS_RUN))
+    for name, old, new in differences(before, now):
+        if name in shaping:
+            raise UserError(
+                f"{name} = {new!r}: the run was started with {old!r}, and its checkpoints hold weights for that; leave "
+                f"{name} as it was, or start a new run with --model.student-lora {now.folder / 'lora'}"
+            )
+        if name in starting and not _same_path(old, new):
+            raise UserError(
+                f"{name} = {new!r}: the run was started with {old!r}, and a start is not made again on --resume; leave "
+                f"{name} as it was, or start a new run"
+            )
+
+
+def _same_path(one: Any, other: Any) -> bool:
+    return isinstance(one, str) and isinstance(other, str) and Path(one).resolve() == Path(other).resolve()
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _recipe_values(name: str, seen: tuple[str, ...] = ()) -> Any:
+    if name in seen:
+        raise UserError(f"extends = {name!r}: recipe {name!r} extends itself; name another one")
+    path = Path(name)
+    if name in recipe_names():
+        text = recipe_text(name)
+    elif _is_folder(name):
+        text = (path / CONFIG_FILE).read_text(encoding="utf-8")
+    elif path.suffix in (".yaml", ".yml") and path.is_file():
+        text = path.read_text(encoding="utf-8")
+    else:
+        raise UserError(
+            f"recipe {name!r} is neither a run's folder, nor a YAML file, nor one of: {', '.join(recipe_names())}"
+        )
+    try:
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"recipe {name!r} is not valid YAML: {' '.join(str(error).split())}") from error
+    if isinstance(values, dict) and "extends" in values:
+        base = values.pop("extends")
+        return _merged(_recipe_values(str(base), (*seen, name)), values)
+    return values
+
+
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """``base`` with ``changes`` in place of its own; groups of settings are merged key by key."""
+    merged = dict(base)
+    for key, value in changes.items():
+        old = merged.get(key)
+        merged[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged

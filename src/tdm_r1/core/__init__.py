@@ -1,0 +1,1 @@
+"""Pure maths: rectified flow, solvers, losses, advantages, random numbers. Torch and NumPy alone."""

@@ -1,0 +1,58 @@
+"""Advantages inside a group: the samples of one prompt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .groups import spread, standardized
+
+
+@dataclass(frozen=True)
+class GroupAdvantages:
+    """``advantage`` [P, G], zero where a sample or its whole group is skipped; ``used`` [P, G]."""
+
+    advantage: Tensor
+    used: Tensor
+    skipped_groups: int
+
+    def metrics(self, rewards: Tensor) -> dict[str, float]:
+        """Of the rewards [P * G] that these are the advantages of."""
+        of_groups = rewards.reshape(self.used.shape).double().cpu().numpy()
+        return {
+            "reward/mean": float(rewards.nanmean()),
+            "reward/group_std": float(spread(of_groups)[0].mean()),
+            "reward/missing": float(rewards.isnan().sum()),
+            "reward/skipped_groups": float(self.skipped_groups),
+        }
+
+
+def group_advantages(rewards: Tensor, *, keep: int | None = None, min_valid: int = 2) -> GroupAdvantages:
+    """A_i = (r_i - mean) / std inside each group (paper, section 3), over the scores that are not missing.
+
+    Means and deviations are taken in float64: in float32 a group of equal scores of 20 has a spread of rounding.
+
+    Args:
+        rewards: [P, G], NaN where a score is missing.
+        keep: use this many samples of each group alone, half from its top and half from its bottom, centred again:
+            large groups are cheap to score, and their extremes carry most of the signal. None uses all.
+        min_valid: groups with fewer valid scores are skipped, as are groups without a difference (`groups.spread`).
+    """
+    found, has_signal = standardized(rewards.detach().double().cpu().numpy(), min_valid=min_valid)
+    advantage = torch.from_numpy(found).to(rewards.device, torch.promote_types(torch.float32, rewards.dtype))
+    informative = torch.from_numpy(has_signal).to(rewards.device)
+    used = ~advantage.isnan() & informative[:, None]
+    if keep is not None and keep < rewards.shape[1]:
+        used = used & _extremes(torch.where(used, advantage, torch.nan), keep)
+        n = used.sum(1, keepdim=True).clamp_min(1)
+        advantage = advantage - torch.where(used, advantage, 0.0).sum(1, keepdim=True) / n
+    return GroupAdvantages(torch.where(used, advantage, 0.0), used, int((~informative).sum()))
+
+
+def _extremes(advantage: Tensor, keep: int) -> Tensor:
+    """Which samples [P, G] are among the ``keep`` outermost of their group; NaN ones never are."""
+    n = (~advantage.isnan()).sum(1, keepdim=True)
+    rank = advantage.argsort(dim=1, stable=True).argsort(dim=1)  # NaN sorts last
+    return (rank < n) & ((rank < keep // 2) | (rank >= n - (keep - keep // 2)))

@@ -1,0 +1,169 @@
+"""Evaluation: the same prompts and the same noise every time, for few-step and many-step samplers alike."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..core import flow, solvers
+from ..core.randomness import torch_rng
+from ..models.embedder import Embedder
+from ..models.protocol import Backbone, Conditioning, Velocity, guided
+from ..models.roles import Roles
+from ..rewards.scorer import Scorer
+from ..rewards.scores import Scores, joined
+from ..tasks.protocol import Prompt, Task
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a role is sampled. ``guidance`` 1 means none."""
+
+    role: str
+    steps: int
+    shift: float
+    solver: solvers.Solver = "euler"
+    guidance: float = 1.0
+
+    @property
+    def network_evaluations(self) -> int:
+        """Forward passes of the network an image (NFE)."""
+        return self.steps * (1 if self.guidance == 1 else 2)
+
+
+def _of_prompts(velocity: Velocity, c: Conditioning, x_t: Tensor, t: Tensor) -> Tensor:
+    return velocity(x_t, t, c)
+
+
+@dataclass(frozen=True)
+class SolverNoise:
+    """The noise that a stochastic solver adds to pictures, whatever batch they are sampled in."""
+
+    seed: int
+    numbers: Sequence[int]  # of the pictures
+    shape: tuple[int, int, int]  # of a picture's latents
+
+    def __call__(self, step: int) -> Tensor:
+        """[B, C, h, w] for a step of the solver."""
+        return torch.stack(
+            [torch.randn(self.shape, generator=torch_rng(self.seed, i, f"solver step {step}")) for i in self.numbers]
+        )
+
+
+@torch.no_grad()  # sampling
+def generate(
+    backbone: Backbone,
+    roles: Roles,
+    sampling: Sampling,
+    embed: Embedder,
+    prompts: Sequence[str],
+    x_1: Tensor,
+    *,
+    batch: int,
+    seed: int,
+    numbers: Sequence[int] | None = None,
+) -> np.ndarray:
+    """Images, uint8 [B, H, W, 3], of B prompts from noise ``x_1`` [B, C, h, w], ``batch`` at a time.
+
+    Args:
+        seed, numbers: the stochastic solver's noise depends on these alone: the seed, and each image's number; their
+            order if None.
+    """
+    numbers = range(len(x_1)) if numbers is None else numbers
+    grid = flow.few_step_grid(sampling.steps, sampling.shift)
+    chunks = []
+    for start in range(0, len(x_1), batch):
+        c = embed(prompts[start : start + batch])
+        x = x_1[start : start + batch].to(c.device)
+        with roles.use(sampling.role) as velocity:
+            field_of = guided(velocity, embed([""]), sampling.guidance)
+            noise = SolverNoise(seed, numbers[start : start + batch], backbone.latent_shape)
+            final = solvers.sample(
+                partial(_of_prompts, field_of, c), x, grid, solver=sampling.solver, noise=noise
+            ).final
+        chunks.append(backbone.decode(final))
+    return np.concatenate(chunks)
+
+
+def mean_of(scores: np.ndarray) -> float:
+    """Mean of the scores that are not missing; NaN if all are."""
+    known = scores[~np.isnan(scores)]
+    return float(known.mean()) if len(known) else math.nan
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Metrics by name, and the pictures that they were measured on."""
+
+    metrics: dict[str, float]
+    scores: Scores
+    images: np.ndarray
+    prompts: list[Prompt]
+
+
+class Evaluator:
+    """Samples a role on the task's fixed prompts and fixed noise, and measures reward and held-out metrics.
+
+    Args:
+        also: other tasks by name, sampled on their own prompts; their metrics are reported as ``name/metric``.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        roles: Roles,
+        embed: Embedder,
+        task: Task,
+        scorer: Scorer,
+        *,
+        prompts: int,
+        images_per_prompt: int,
+        seed: int,
+        batch: int,
+        also: Mapping[str, Task] | None = None,
+    ) -> None:
+        self.backbone, self.roles, self.embed, self.task, self.scorer = backbone, roles, embed, task, scorer
+        self.images_per_prompt, self.batch, self.seed = images_per_prompt, batch, seed
+        self.also = also or {}
+        self.prompts = self._repeated(task.eval_prompts(prompts))
+        self.others = {name: self._repeated(other.eval_prompts(prompts)) for name, other in self.also.items()}
+        self.x_1 = torch.randn(
+            (len(self.prompts), *backbone.latent_shape), generator=torch_rng(seed, 0, "evaluation noise")
+        )
+
+    def _repeated(self, prompts: list[Prompt]) -> list[Prompt]:
+        return [p for p in prompts for _ in range(self.images_per_prompt)]
+
+    def _sample(self, sampling: Sampling, prompts: list[Prompt]) -> np.ndarray:
+        texts = [p.text for p in prompts]
+        return generate(
+            self.backbone, self.roles, sampling, self.embed, texts, self.x_1, batch=self.batch, seed=self.seed
+        )
+
+    def __call__(self, sampling: Sampling) -> Evaluation:
+        self.embed.learn(["", *(p.text for p in self.prompts)])  # not part of the seconds that follow
+        start = time.perf_counter()
+        images = self._sample(sampling, self.prompts)
+        seconds = time.perf_counter() - start
+        rows = [slice(start, start + self.batch) for start in range(0, len(images), self.batch)]
+        scores = joined([self.scorer(images[r], self.prompts[r]) for r in rows])
+        metrics = {
+            "reward": mean_of(scores.values),
+            "reward_missing": float(np.isnan(scores.values).sum()),
+            **{f"reward/{name}": mean_of(part) for name, part in scores.parts.items()},
+            **self.task.metrics(images, self.prompts, self.images_per_prompt),
+            "network_evaluations": float(sampling.network_evaluations),
+            "images_per_second": len(images) / seconds,
+        }
+        for name, task in self.also.items():
+            prompts = self.others[name]
+            found = task.metrics(self._sample(sampling, prompts), prompts, self.images_per_prompt)
+            metrics |= {f"{name}/{metric}": value for metric, value in found.items()}
+        return Evaluation({k: v for k, v in metrics.items() if not math.isnan(v)}, scores, images, self.prompts)

@@ -1,0 +1,116 @@
+"""A transformer with the adapters on it: which of them act, and on which base weights."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from ..core import flow
+
+Acting = tuple[tuple[str, float], ...]
+"""Adapters that act at once, each with its strength."""
+
+
+def add_adapter(transformer: Any, config: LoraConfig, name: str) -> None:
+    """Adds an adapter, in float32, to a diffusers model, whatever the precision of its weights."""
+    with warnings.catch_warnings():  # peft warns of a second adapter; several are intended
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        transformer.add_adapter(config, adapter_name=name)
+    for p in adapter_weights(transformer, name).values():
+        p.data = flow.widen(p.data)
+
+
+def adapter_weights(transformer: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """An adapter's weights by names that do not depend on the adapter's."""
+    part = f".{name}."
+    return {n.replace(part, "."): p for n, p in transformer.named_parameters() if part in n}
+
+
+class Host:
+    """Switches the adapters of one transformer. Build it when all adapters have been added."""
+
+    def __init__(self, transformer: nn.Module) -> None:
+        self.transformer = transformer
+        adapted = {n: m for n, m in transformer.named_modules() if isinstance(m, BaseTunerLayer)}
+        self.names = list(adapted)
+        self.layers: list[Any] = list(adapted.values())
+        self.base = [layer.base_layer.weight.data for layer in self.layers]
+        self._trained: dict[str, list[nn.Parameter]] = {}
+        self._frozen: list[nn.Parameter] = []
+        self._acting: Acting | None = None
+        self._in_use: object = None
+
+    def register(self, adapter: str, *, trained: bool) -> None:
+        """Says whether an adapter's weights require grad."""
+        weights = list(adapter_weights(self.transformer, adapter).values())
+        if trained:
+            self._trained[adapter] = weights
+        else:
+            self._frozen += weights
+        for p in weights:
+            p.requires_grad_(trained)
+
+    @contextmanager
+    def acting_as(self, acting: Acting, base: Sequence[Tensor]) -> Iterator[object]:
+        """Lets adapters act on ``base`` weights; restores what acted before. Yields a token for `is_acting_as`."""
+        before = self._acting, [layer.base_layer.weight.data for layer in self.layers], self._in_use
+        token = object()
+        self.activate(acting)
+        self._set_base(base)
+        self._in_use = token
+        try:
+            yield token
+        finally:
+            self._in_use = before[2]
+            self._set_base(before[1])
+            self.activate(before[0] or ())
+
+    def is_acting_as(self, token: object) -> bool:
+        """Whether the innermost `acting_as` is the one that yielded ``token``."""
+        return self._in_use is token
+
+    def activate(self, acting: Acting) -> None:
+        """Lets the adapters of ``acting`` act together, and no other."""
+        if self._acting == acting:
+            return
+        for layer in self.layers:
+            layer.enable_adapters(bool(acting))
+            if acting:
+                layer.set_adapter([adapter for adapter, _ in acting])
+            for adapter, weight in acting:
+                layer.set_scale(adapter, weight)
+        self._acting = acting
+        # peft sets requires_grad at every switch; the flags must outlive it, or a backward that runs after the switch
+        # would silently drop gradients. An adapter that is added to another is a constant
+        added = {adapter for adapter, _ in acting[1:]}
+        for adapter, weights in self._trained.items():
+            for p in weights:
+                p.requires_grad_(adapter not in added)
+        for p in self._frozen:
+            p.requires_grad_(False)
+
+    def _set_base(self, base: Sequence[Tensor]) -> None:
+        for layer, weight in zip(self.layers, base, strict=True):
+            layer.base_layer.weight.data = weight
+
+    def deltas(self, adapter: str) -> list[Tensor]:
+        """What an adapter at its full strength adds to the weights of each adapted layer."""
+        found = []
+        for layer in self.layers:
+            acting = layer.scaling[adapter]
+            layer.set_scale(adapter, 1.0)
+            found.append(layer.get_delta_weight(adapter))
+            layer.scaling[adapter] = acting
+        return found
+
+    @property
+    def mixed_precision(self) -> bool:
+        """Whether float32 adapters sit on a GPU's weights of lower precision."""
+        return any(p.dtype != torch.float32 and p.is_cuda for p in self.transformer.parameters())

@@ -1,0 +1,45 @@
+"""Builds what a run consists of from its settings."""
+
+from __future__ import annotations
+
+import torch
+
+from ..algorithms.protocol import Algorithm
+from ..algorithms.registry import ALGORITHMS
+from ..config.run import RunConfig
+from ..models.create import create_roles
+from ..models.load import adapter_settings, resolve_model
+from ..models.lora_files import load_lora
+from ..models.pipeline import PipelineBackbone
+from ..models.roles import Roles
+
+
+def algorithm_of(config: RunConfig) -> type[Algorithm]:
+    """The algorithm's class. Raises ValueError if it is not there or cannot run with these settings."""
+    found: type[Algorithm] = ALGORITHMS.load(config.algorithm)
+    found.check(config)
+    return found
+
+
+def build_roles(config: RunConfig, student: PipelineBackbone, teacher: PipelineBackbone | None) -> Roles:
+    """The roles that the algorithm declares, as they are before anything is loaded into them.
+
+    Args:
+        teacher: another backbone, where the teacher's base weights are not the student's.
+    """
+    torch.manual_seed(config.seed)  # peft initialises adapters from the global generator
+    specs = algorithm_of(config).declare_roles(config)
+    return create_roles(specs, student, adapter_settings(config.model), teacher=teacher, merge=config.model.merge)
+
+
+def load_starts(config: RunConfig, roles: Roles) -> None:
+    """Loads the LoRAs that the settings name into the roles that start from them."""
+    checkpoints, adapters = resolve_model(config.model), adapter_settings(config.model)
+    starts = {
+        "student_lora": (checkpoints.student_lora, config.model.student_lora_scale),
+        "fake_lora": (checkpoints.fake_lora, None),
+    }
+    for setting, (lora, strength) in starts.items():
+        if lora:
+            targets = [spec.name for spec in roles.specs if spec.starts_from == setting]
+            load_lora(roles, targets, lora, adapters, strength=strength)

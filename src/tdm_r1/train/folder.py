@@ -1,0 +1,131 @@
+"""A run's folder: settings, log, checkpoints, and who may write there."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from ..config.load import load_recipe
+from ..config.run import CONFIG_FILE, LOG, RunConfig, dump
+from ..errors import UserError
+from ..files import write_text
+
+KEPT_CHECKPOINTS = 3  # the last ones; the best evaluated one is kept beside them
+EXPORTS = ("lora", "transformer")  # what a run writes at its end, or when it is interrupted
+
+
+class RunFolder:
+    """Everything that is read from and written to a run's folder, but for the contents of checkpoints."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    # -------------------------------------------------------------------------------------- beginning
+
+    def require_startable(self, *, resume: bool) -> None:
+        """Raises UserError if a run cannot be started here or, with ``resume``, cannot be gone on with."""
+        saved = self.checkpoints()
+        if resume and not saved:
+            raise UserError(f"--resume: {self.path} holds no checkpoint; start it without --resume")
+        if not resume and (saved or any((self.path / made).exists() for made in EXPORTS)):
+            raise UserError(f"{self.path} already holds a run: go on with --resume, or give another --name or --output")
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keeps other processes out. Raises UserError if one is there."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as held:
+            try:
+                held.enter_context(FileLock(self.path / ".lock").acquire(timeout=0))
+            except Timeout as error:
+                raise UserError(f"{self.path} is in use by another process: wait, or give another --name") from error
+            except (OSError, NotImplementedError):
+                pass  # some network file systems have no locks
+            yield
+
+    def begin(self, config: RunConfig) -> None:
+        """Files the settings and versions of a new run."""
+        (self.path / LOG).unlink(missing_ok=True)  # of a run that ended before anything was saved
+        names = ("tdm-r1", "torch", "diffusers", "transformers", "peft", "accelerate", "numpy")
+        versions = {"python": platform.python_version()} | {n: metadata.version(n) for n in names}
+        write_text(self.path / "versions.json", json.dumps(versions, indent=2))
+        self.file_settings(config)
+
+    def file_settings(self, config: RunConfig) -> None:
+        write_text(self.path / CONFIG_FILE, dump(config))
+
+    def settings(self) -> RunConfig | None:
+        """The settings that the run was started with; None if they are gone or of another version."""
+        try:
+            return load_recipe(str(self.path.resolve()))
+        except UserError:
+            return None
+
+    # -------------------------------------------------------------------------------------- log
+
+    def log(self, row: Mapping[str, float]) -> None:
+        """Appends a row. What is not finite is left out: NaN is no JSON."""
+        finite = {name: value for name, value in row.items() if math.isfinite(value)}
+        with (self.path / LOG).open("a") as file:
+            file.write(json.dumps(finite, allow_nan=False) + "\n")
+
+    def history(self) -> list[dict[str, Any]]:
+        """The rows of the log."""
+        path = self.path / LOG
+        lines = path.read_text().splitlines() if path.exists() else []
+        rows = [json.loads(line) for line in lines[:-1]]
+        try:
+            return rows + [json.loads(line) for line in lines[-1:]]
+        except json.JSONDecodeError:
+            return rows  # its last line was being written when the disk was full or the machine went down
+
+    def forget_after(self, iteration: int) -> None:
+        """Drops what the log has of later iterations."""
+        rows = [json.dumps(row) for row in self.history() if row["iteration"] <= iteration]
+        write_text(self.path / LOG, "".join(row + "\n" for row in rows))
+
+    def is_evaluated(self, iteration: int) -> bool:
+        """Whether the log has an evaluation of the model after an iteration."""
+        return any("eval/reward_missing" in row and row["iteration"] == iteration for row in self.history())
+
+    def is_finished(self) -> bool:
+        """Whether the run has come to its end and exported its weights. An interrupted run exports its weights too."""
+        if not any((self.path / made).is_dir() for made in EXPORTS) or not (self.path / CONFIG_FILE).is_file():
+            return False
+        done = max((int(row["iteration"]) for row in self.history()), default=0)
+        return done >= load_recipe(str(self.path.resolve())).iterations
+
+    # -------------------------------------------------------------------------------------- checkpoints
+
+    def checkpoints(self) -> list[Path]:
+        """Oldest first."""
+        return sorted((self.path / "checkpoints").glob("iteration_*.safetensors"))
+
+    def checkpoint(self, iteration: int) -> Path:
+        """Where the checkpoint after an iteration is, or is to be."""
+        return self.path / "checkpoints" / f"iteration_{iteration:06d}.safetensors"
+
+    def drop_old_checkpoints(self) -> None:
+        """Keeps the last ones, and the one of the best evaluation."""
+        best = max(self.history(), key=lambda row: row.get("eval/reward", -math.inf), default={}).get("iteration")
+        for old in self.checkpoints()[:-KEPT_CHECKPOINTS]:
+            if iteration_of(old) != best:
+                old.unlink()
+
+
+def iteration_of(checkpoint: Path) -> int:
+    """The iteration after which a checkpoint was written."""
+    return int(checkpoint.stem.removeprefix("iteration_"))
+
+
+def listed(checkpoints: Iterable[Path]) -> str:
+    """Their iterations, for people."""
+    return ", ".join(str(i) for i in sorted(map(iteration_of, checkpoints)))

@@ -1,0 +1,56 @@
+"""Scores latents with a run's reward, and stops a run whose reward gives it nothing to learn from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from rich.console import Console
+from torch import Tensor
+
+from ..models.protocol import Backbone
+from ..rewards.scorer import Scorer, Watch
+from ..rewards.scores import Scores, joined
+from ..tasks.protocol import Prompt
+
+
+class LatentScorer:
+    """Decodes and scores final latents.
+
+    Args:
+        micro_batch: images that are decoded and scored at once.
+        group: samples of a prompt.
+        console: where failures of the reward are shown, each once.
+    """
+
+    def __init__(self, backbone: Backbone, scorer: Scorer, *, micro_batch: int, group: int, console: Console) -> None:
+        self.backbone, self.scorer, self.console = backbone, scorer, console
+        self.micro_batch, self.group = micro_batch, group
+        self.watch = Watch()
+        self.scored = 0  # images so far
+        self.told: set[str] = set()  # failures that were shown
+
+    def __call__(self, latents: Tensor, prompts: Sequence[Prompt]) -> Scores:
+        """Scores of latents [P * G, C, H, W], some of them while the next are decoded.
+
+        Raises UserError if the reward gives nothing to learn from.
+        """
+        starts = range(0, len(latents), self.micro_batch)
+        with ThreadPoolExecutor(self.scorer.parallel) as background:
+            pending = [
+                background.submit(self.scorer.each, self.backbone.decode(part), prompts[start : start + len(part)])
+                for start, part in zip(starts, latents.split(self.micro_batch), strict=True)
+            ]
+            chunks = [future.result() for future in pending]
+        scores = self.scorer.total([joined(term) for term in zip(*chunks, strict=True)], group_size=self.group)
+        self.scored += len(prompts)
+        self.show_failures(scores)
+        self.watch(scores, self.group)
+        return scores
+
+    def show_failures(self, scores: Scores) -> None:
+        """Shows each thing that went wrong in scoring once."""
+        for why in scores.failures:
+            if why not in self.told:
+                self.console.print(f"reward: {why}", style="yellow", markup=False)
+                self.told.add(why)

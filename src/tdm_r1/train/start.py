@@ -1,0 +1,58 @@
+"""Starts a run, after the distillation that makes its few-step start, where the settings name one."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from ..config.load import load_recipe, require_same_run
+from ..config.run import RunConfig
+from ..errors import UserError
+from ..evaluate.evaluation import Evaluation
+from ..rewards.scorer import Scorer
+from ..tasks.load import load_task
+from .folder import RunFolder
+from .run import Run
+
+
+def train(
+    config: RunConfig, *, resume: bool = False, start_from: int | None = None, console: Console | None = None
+) -> Evaluation | None:
+    """`Run.fit`, after the distillation that makes the run's start, where the configuration names one."""
+    files = RunFolder(config.folder)
+    files.require_startable(resume=resume)  # before weights are read or anything is distilled
+    if resume and (before := files.settings()) is not None:
+        require_same_run(before, config)
+    return Run(with_student(config, console), console=console).fit(resume=resume, start_from=start_from)
+
+
+def distillation(config: RunConfig) -> RunConfig:
+    """The settings of the distillation that ``config.distill_with`` names, with the run's model, sampler, micro-batch.
+
+    Raises UserError if that recipe does not distil.
+    """
+    settings = {"output": config.folder, "name": "distill", "seed": config.seed}
+    settings |= {"model": config.model.model_dump() | {"teacher": None, "student_lora_scale": None, "fake_lora": None}}
+    settings |= {"sampler": config.sampler.model_dump(), "batch.micro_batch": config.batch.micro_batch}
+    recipe = load_recipe(str(config.distill_with)).override(settings)
+    if recipe.algorithm != "tdm":
+        raise UserError(f"distill_with = {config.distill_with!r}: its algorithm is {recipe.algorithm}; name one of tdm")
+    return recipe
+
+
+def with_student(config: RunConfig, console: Console | None = None) -> RunConfig:
+    """The configuration with a few-step start: distils one into the run's folder first, if `distill_with` says so.
+
+    A finished one is used, an unfinished one gone on with. Raises UserError if it was interrupted again.
+    """
+    if config.distill_with is None or config.model.student_lora:
+        return config
+    recipe = distillation(config)
+    folder = recipe.folder
+    if not RunFolder(folder).is_finished():
+        load_task(config.task)  # faults of the run itself are better told now than after a distillation
+        Scorer(config.reward, config.scoring).close()
+        run = Run(recipe, console=console)
+        run.fit(resume=bool(run.checkpoints()))
+        if run.iteration < recipe.iterations:
+            raise UserError("the distillation was interrupted; the same command goes on with it")
+    return config.override({"model.student_lora": str(folder / "lora"), "model.fake_lora": str(folder / "lora_fake")})
