@@ -22,6 +22,7 @@ lint: $(BIN)/.installed
 	$(BIN)/ruff format --check src tests benchmarks scorers
 	$(BIN)/ruff check src tests benchmarks scorers
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache > /dev/null || $(BIN)/lint-imports --no-cache
 
 format: $(BIN)/.installed
 	$(BIN)/ruff format src tests benchmarks scorers

@@ -34,8 +34,8 @@ class Phases:
             transformer.register_forward_pre_hook(self._count, with_kwargs=True)
         self.wrap(algorithm.tdm, "roll_out", "rollout")
         self.wrap(backbone, "decode", "decode")
-        self.wrap(algorithm, "measure_surrogate", "diagnostics")
-        self.wrap(algorithm, "fit_surrogate", "surrogate")
+        self.wrap(algorithm.surrogate, "measure", "diagnostics")
+        self.wrap(algorithm.surrogate, "fit", "surrogate")
         self.wrap(algorithm.tdm, "fit_fake", "fake score")
         self.wrap(algorithm.tdm, "fit_generator", "generator")
 

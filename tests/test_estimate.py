@@ -20,8 +20,8 @@ from tdm_r1.config.recipes import recipe_text
 from tdm_r1.config.run import RunConfig
 from tdm_r1.models.architectures import architecture_of, architectures, random_pipeline, text_encoder_parameters
 from tdm_r1.models.specification import Role
-from tdm_r1.train.build import cast_roles
-from tdm_r1.train.estimate import Meter, estimate, network_evaluations, random_backbone, random_conditioning
+from tdm_r1.train.build import algorithm_of, build_roles
+from tdm_r1.train.estimate import Meter, estimate, random_backbone, random_conditioning
 from tdm_r1.train.run import Run
 
 ROOT = Path(__file__).parent.parent
@@ -100,7 +100,8 @@ def test_network_evaluations_are_those_of_a_real_iteration(tiny_config: Callable
     phases = Phases(run.algorithm, run.backbone)
     run.step()
     seen = {part: (phases.forward[part], phases.backward[part]) for part in phases.seconds if part != "decode"}
-    assert seen == network_evaluations(run.config)
+    declared = algorithm_of(run.config).evaluations(run.config)
+    assert seen == {part: (count.frozen, count.trained) for part, count in declared.items()}
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -111,8 +112,8 @@ def test_working_memory_is_that_of_a_real_pass(name: str, checkpointing: bool):
     config = load_recipe(recipe).override(changes | {"batch.prompts": 1, "batch.group": 6, "batch.micro_batch": 6})
     expected = estimate(config, **TINY[name])
     assert expected is not None
-    backbone = random_backbone(name, config, device="cpu", **TINY[name])
-    roles = cast_roles(config, backbone, None)
+    backbone = random_backbone(name, config.model, device="cpu", **TINY[name])
+    roles = build_roles(config, backbone, None)
     c = random_conditioning(backbone, 6, device="cpu")
     with Meter() as meter, roles.use(Role.FAKE) as velocity:
         velocity(torch.randn(6, *backbone.latent_shape), torch.rand(6), c).square().sum().backward()
@@ -125,7 +126,7 @@ def test_the_estimate_follows_what_a_run_holds():
     lora, full = estimate(config, **sizes), estimate(config.override({"surrogate.weights": "full"}), **sizes)
     assert lora is not None
     assert full is not None
-    backbone = random_backbone("sd35_medium", config, **sizes)
+    backbone = random_backbone("sd35_medium", config.model, **sizes)
     base = sum(p.numel() for p in backbone.transformer.parameters())
     more = full.held["weights of 6 roles"] - lora.held["weights of 6 roles"]
     adapter = lora.held["weights of 6 roles"] / 6

@@ -14,16 +14,18 @@ import pytest
 from matplotlib.cbook import get_sample_data
 from PIL import Image, ImageFilter
 
-from reward_examples import IMAGES, SCORES, TEXTS, brightness, here
+from reward_examples import IMAGES, SCORES, TEXTS, here
 from tdm_r1 import cli
 from tdm_r1.errors import UserError
 from tdm_r1.rewards.folder import picture_files, prompts_of
 from tdm_r1.rewards.overview import is_cached, state_of
 from tdm_r1.rewards.registry import BUILT_IN, Entry, load_reward
 
+BRIGHTNESS = "reward_examples:brightness"
+
 
 def test_an_extra_that_is_not_installed_is_named(monkeypatch):
-    monkeypatch.setitem(BUILT_IN, "far", Entry("x", lambda: brightness, "far", ("no_such_module",)))
+    monkeypatch.setitem(BUILT_IN, "far", Entry("x", BRIGHTNESS, None, extra="far", modules=("no_such_module",)))
     with pytest.raises(ValueError, match=r"needs no_such_module, which is not installed: pip install 'tdm-r1\[far\]'"):
         load_reward("far")
 
@@ -136,7 +138,7 @@ def test_rows_name_their_picture_as_image_folders_do(folder: Path):
 
 def test_a_folder_without_any_score_is_a_failure(folder: Path, capsys):
     assert cli.main(["score", str(folder), "--reward", here("raises")]) == 1
-    assert "no picture has a score" in capsys.readouterr().err
+    assert "no image has a score" in capsys.readouterr().err
 
 
 def test_prompts_that_a_reward_cannot_score_are_told_first(folder: Path, capsys):
@@ -253,16 +255,16 @@ def test_score_errors_are_one_line(folder: Path, args: list[str], message: str, 
 
 
 def test_rewards_are_listed_with_their_state(capsys, monkeypatch):
-    monkeypatch.setitem(BUILT_IN, "far", Entry("x", lambda: brightness, "far", ("no_such_module",)))
+    monkeypatch.setitem(BUILT_IN, "far", Entry("x", BRIGHTNESS, None, extra="far", modules=("no_such_module",)))
     assert cli.main(["rewards"]) == 0
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert all(name in text for name in BUILT_IN)
     assert "tdm-r1[far]" in "".join(text.split())  # not taken for a style of the terminal's
     assert state_of(BUILT_IN["far"]) == "lacks no_such_module: pip install 'tdm-r1[far]'"
     assert state_of(BUILT_IN["mini"]) == "ready"
-    assert state_of(Entry("x", lambda: brightness, weights=("nobody/nothing",))).startswith("installed; downloads")
+    assert state_of(Entry("x", BRIGHTNESS, None, weights=("nobody/nothing",))).startswith("installed; downloads")
     monkeypatch.delenv("NO_SUCH_KEY", raising=False)
-    assert state_of(Entry("x", lambda: brightness, environment=("NO_SUCH_KEY",))) == "installed; set NO_SUCH_KEY"
+    assert state_of(Entry("x", BRIGHTNESS, None, environment=("NO_SUCH_KEY",))) == "installed; set NO_SUCH_KEY"
 
 
 def test_weights_are_ready_when_the_very_file_is_there(tmp_path: Path, monkeypatch):
@@ -284,7 +286,7 @@ def test_weights_are_ready_when_the_very_file_is_there(tmp_path: Path, monkeypat
 def test_a_broken_installation_is_not_called_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "broken_engine.py").write_text("raise OSError('libGL.so.1: no such file')\n")
     monkeypatch.syspath_prepend(tmp_path)
-    assert "libGL.so.1" in state_of(Entry("x", lambda: brightness, "far", ("broken_engine",)))
+    assert "libGL.so.1" in state_of(Entry("x", BRIGHTNESS, None, extra="far", modules=("broken_engine",)))
 
 
 LIGHT = """

@@ -67,7 +67,7 @@ class Optimizer:
     def _advance(self) -> None:
         """Sets the rate of the next update. Skipped updates count too: PyTorch warns if the first one was skipped."""
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step()`")
+            warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler\.step\(\)`")
             self.schedule.step()
 
     def state(self) -> dict[str, Any]:

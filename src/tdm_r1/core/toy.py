@@ -40,17 +40,18 @@ class GaussianMixture:
         normaliser = x.shape[1] * (self.stds.log() + 0.5 * math.log(2 * math.pi))
         return torch.logsumexp(self.weights.log() - 0.5 * squared - normaliser, dim=1)
 
-    def score(self, x: Tensor) -> Tensor:
-        """Gradient of the log density at ``x`` [B, D], in closed form."""
-        difference = self.means - x[:, None]
-        squared = difference.square().sum(-1) / self.stds**2
-        share = torch.softmax(self.weights.log() - 0.5 * squared - x.shape[1] * self.stds.log(), dim=1)
-        return (share[..., None] * difference / self.stds[:, None] ** 2).sum(1)
+    def score(self, x: Tensor, t: Tensor | float = 0.0) -> Tensor:
+        """Gradient of the log density of x_t at ``x`` [B, D], in closed form; ``t`` is a number or [B]."""
+        t = flow.expand(t, x)[..., None] if isinstance(t, Tensor) and t.ndim else flow.expand(t, x)  # [B, 1, 1]
+        means, stds = (1 - t) * self.means, ((1 - t) ** 2 * self.stds[:, None] ** 2 + t**2).sqrt()  # [B, M, D or 1]
+        difference = means - x[:, None]
+        squared = difference.square().sum(-1) / stds[..., 0] ** 2
+        share = torch.softmax(self.weights.log() - 0.5 * squared - x.shape[1] * stds[..., 0].log(), dim=1)
+        return (share[..., None] * difference / stds**2).sum(1)
 
     def velocity(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """The exact velocity at (x_t, t), t [B] all equal and below 1."""
-        level = float(t.reshape(-1)[0])
-        return flow.v_from_score(self.noised(level).score(x_t), x_t, t)
+        """The exact velocity at (x_t, t), t [B] below 1."""
+        return flow.v_from_score(self.score(x_t, t), x_t, t)
 
     def clean(self, x_t: Tensor, t: Tensor) -> Tensor:
         """x0_hat = E[x_0 | x_t]."""

@@ -12,16 +12,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderTiny
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
+
+from ..settings import Settings
 
 LATENT_CHANNELS = 8
 
 
-class AutoencoderConfig(BaseModel):
+class AutoencoderConfig(Settings):
     """How the mini autoencoder is trained. Ours, measured in `docs/log.md` unless said."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     steps: int = 2400
     batch_size: int = 64

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import yaml
 from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
-from pydantic import BaseModel, ConfigDict
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -24,16 +23,15 @@ from ..config.run import CONFIG_FILE
 from ..core.randomness import numpy_rng
 from ..errors import UserError
 from ..files import write_text
+from ..settings import Settings
 from . import autoencoder, bundle, features, pretrain, signs, text
 from .autoencoder import AutoencoderConfig
 from .pretrain import PretrainConfig
 from .worlds import modules_of, render_specs
 
 
-class MiniConfig(BaseModel):
+class MiniConfig(Settings):
     """How a mini model is made."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     seed: int = 0
     work: Path = Path("runs/mini_pretrain")  # checkpoints and caches; resumed from

@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderTiny, SD3Transformer2DModel
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..core import flow
+from ..settings import Settings
 from ..train.checkpoint import load_state, save_state
 from . import autoencoder, text
 from .worlds import modules_of, noisy_spec, picture, prompt_of, world_of
@@ -20,10 +21,8 @@ from .worlds import modules_of, noisy_spec, picture, prompt_of, world_of
 EMPTY = ""  # the caption of classifier-free guidance's unconditional half
 
 
-class PretrainConfig(BaseModel):
+class PretrainConfig(Settings):
     """How the base is pretrained. Ours, started from a prototype's values (docs/log.md)."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     steps: int = 3600
     batch_size: int = 256
@@ -37,14 +36,16 @@ class PretrainConfig(BaseModel):
     time_shift: float = 2.0  # logit-normal t, shifted towards noise
     save_every: int = 250
     # relations and binding are learnt last, so they are seen most
-    task_weights: dict[str, float] = {
-        "single_object": 0.06,
-        "two_object": 0.18,
-        "counting": 0.20,
-        "colors": 0.10,
-        "position": 0.24,
-        "color_attr": 0.22,
-    }
+    task_weights: dict[str, float] = Field(
+        {
+            "single_object": 0.06,
+            "two_object": 0.18,
+            "counting": 0.20,
+            "colors": 0.10,
+            "position": 0.24,
+            "color_attr": 0.22,
+        }
+    )
 
     @property
     def tags(self) -> tuple[str, ...]:

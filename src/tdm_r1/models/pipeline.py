@@ -7,19 +7,38 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Required, TypedDict, Unpack
 
 import diffusers.utils.logging
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 from peft import LoraConfig
 from torch import Tensor, nn
 
 from .protocol import Conditioning, Velocity
 from .registry import FAMILIES
+
+
+class LoadOptions(TypedDict, total=False):
+    """How a model is loaded; names as in `settings.ModelConfig`, but for these:
+
+    tiling: of the autoencoder. beside: a backbone that this one is the teacher of: it gives everything but the
+    transformer, which alone is loaded.
+    """
+
+    max_sequence_length: Required[int]
+    dtype: Required[torch.dtype]
+    device: Required[str]
+    resolution: int | None
+    decode_batch: int
+    tiling: bool
+    offload: bool
+    gradient_checkpointing: bool
+    t5: bool
+    beside: PipelineBackbone | None
 
 
 class PipelineBackbone(ABC):
@@ -82,6 +101,30 @@ class PipelineBackbone(ABC):
         raise ValueError(f"model.t5 = False: a {cls.pipeline_class} has no T5; leave it out")
 
     # -------------------------------------------------------------------------------------- in common
+
+    @classmethod
+    def load(cls, path: str, **options: Unpack[LoadOptions]) -> PipelineBackbone:
+        """Loads the pipeline at a hub id or in a local folder."""
+        o, beside = options, options.get("beside")
+        given: dict[str, Any] = {} if o.get("t5", True) else dict(cls.without_t5())
+        if beside is not None:
+            given |= {k: v for k, v in beside.pipeline.components.items() if k != "transformer"}
+        with _no_loading_bars(), _hub_errors(path):
+            pipeline = DiffusionPipeline.from_pretrained(path, dtype=o["dtype"], **given)
+        pipeline.set_progress_bar_config(disable=True)
+        if o.get("tiling"):
+            pipeline.vae.enable_tiling()
+        if o.get("gradient_checkpointing"):
+            pipeline.transformer.enable_gradient_checkpointing()
+        offload = o.get("offload", False)
+        (pipeline.transformer if offload or beside else pipeline).to(o["device"])
+        return cls(
+            pipeline,
+            max_sequence_length=o["max_sequence_length"],
+            resolution=o.get("resolution"),
+            decode_batch=o.get("decode_batch", 32),
+            offload_from=o["device"] if offload else None,
+        )
 
     @torch.no_grad()  # text encoders are frozen in every role
     def encode(self, prompts: Sequence[str]) -> list[Conditioning]:
@@ -168,50 +211,21 @@ def _pipeline_class(path: str) -> str:
     return json.loads(Path(file).read_text(encoding="utf-8"))["_class_name"]
 
 
-def load_backbone(
-    path: str,
-    *,
-    max_sequence_length: int,
-    dtype: torch.dtype,
-    device: str,
-    family: str | None = None,
-    resolution: int | None = None,
-    decode_batch: int = 32,
-    tiling: bool = False,
-    offload: bool = False,
-    gradient_checkpointing: bool = False,
-    t5: bool = True,
-    beside: PipelineBackbone | None = None,
-) -> PipelineBackbone:
-    """Loads a pipeline from a hub id or a local folder.
+def load_backbone(path: str, *, family: str | None = None, **options: Unpack[LoadOptions]) -> PipelineBackbone:
+    """Loads a model from a hub id or a local folder.
 
     Args:
-        family, tiling, offload, gradient_checkpointing, t5: see `settings.ModelConfig`.
-        beside: a backbone that this one is the teacher of: it gives everything but the transformer, which alone is
-            loaded.
+        family: see `settings.ModelConfig`.
+        options: see `LoadOptions`.
 
     Raises ValueError on a pipeline of another kind, and where the hub cannot or will not give it.
     """
-    with _no_loading_bars(), _hub_errors(path):
-        name = _pipeline_class(path)
-        kind: type[PipelineBackbone] = FAMILIES.load(family) if family else family_of(name, path)
-        given: dict[str, Any] = {} if t5 else dict(kind.without_t5())
-        if beside is not None:
-            given |= {k: v for k, v in beside.pipeline.components.items() if k != "transformer"}
-        pipeline = DiffusionPipeline.from_pretrained(path, dtype=dtype, **given)
-    pipeline.set_progress_bar_config(disable=True)
-    if tiling:
-        pipeline.vae.enable_tiling()
-    if gradient_checkpointing:
-        pipeline.transformer.enable_gradient_checkpointing()
-    (pipeline.transformer if offload or beside else pipeline).to(device)
-    return kind(
-        pipeline,
-        max_sequence_length=max_sequence_length,
-        resolution=resolution,
-        decode_batch=decode_batch,
-        offload_from=device if offload else None,
-    )
+    if family is not None:
+        kind: type[PipelineBackbone] = FAMILIES.load(family)
+    else:
+        with _hub_errors(path):
+            kind = family_of(_pipeline_class(path), path)
+    return kind.load(path, **options)
 
 
 @contextmanager
@@ -219,7 +233,7 @@ def _hub_errors(path: str) -> Iterator[None]:
     """Says what to do where a model cannot be had."""
     try:
         yield
-    except OSError as error:
+    except (OSError, HFValidationError) as error:
         if Path(path).exists():
             raise
         reasons = (error, error.__cause__)  # diffusers tries its cache first, and raises its own error from the hub's

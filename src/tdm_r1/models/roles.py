@@ -160,15 +160,6 @@ class Roles:
                 self._combined[key] = (versions, combine())
         return self._combined[key][1]
 
-    def copied_bytes(self) -> int:
-        """What merged copies and those with added full weights come to once every role has been used."""
-        total = 0
-        for role in self._members.values():
-            other = self._added(role)
-            copies = (self.merge + (other is not None and other.adapter is None)) if role.adapter is not None else 0
-            total += copies * sum(w.numel() * w.element_size() for w in role.host.base)
-        return total
-
     # -------------------------------------------------------------------------------------- weights
 
     def transformer(self, name: str) -> Any:
@@ -203,6 +194,10 @@ class Roles:
     def adapted_modules(self, name: str) -> list[str]:
         """Names of the layers that the role's adapter changes, in the order of `deltas`."""
         return self._members[name].host.names
+
+    def base_weights(self, name: str) -> list[Tensor]:
+        """The backbone's weights of the layers that the role's adapter changes, in the order of `deltas`."""
+        return self._members[name].host.base
 
     def added_to(self, name: str) -> list[Tensor] | None:
         """What is added to the role's own change of each adapted layer; None if nothing is."""

@@ -166,10 +166,10 @@ def load_reward(name: str) -> Reward:
             f"reward = {name!r} is a function that the run was given in Python: give it again as Run(..., reward=...), "
             f"or put it into a file and name it as my_rewards.py:{name.removeprefix(GIVEN)}"
         )
-    if is_outside(name):
+    path, colon, function = name.rpartition(":")
+    if is_outside(name) and not path.endswith(".py"):
         found = import_name(name, "reward")
         return found() if isinstance(found, type) else found
-    path, colon, function = name.rpartition(":")
     if not colon or not path.endswith(".py"):
         known = ", ".join(BUILT_IN)
         raise ValueError(

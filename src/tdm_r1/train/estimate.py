@@ -1,8 +1,9 @@
 """What a run will need: GPU memory and arithmetic of one iteration, found without weights, hub or GPU.
 
-The run's own roles are built on PyTorch's "meta" device, where tensors have shapes and no contents, and each part of an
-iteration is played through once: what is alive at the worst moment is the working memory, what is multiplied is the
-arithmetic. Attention is counted as a fused kernel, which keeps no matrix of weights.
+The model with one adapter is built on PyTorch's "meta" device, where tensors have shapes and no contents, and each part
+of an iteration is played through once: what is alive at the worst moment is the working memory, what is multiplied is
+the arithmetic; the algorithm declares how often each is done, and for which roles. Attention is counted as a fused
+kernel, which keeps no matrix of weights.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -22,18 +25,21 @@ from torch.utils.flop_counter import flop_registry
 from ..algorithms.settings import OptimizerConfig
 from ..config.run import RunConfig
 from ..models.architectures import architecture_of, architectures, random_pipeline, text_encoder_parameters
+from ..models.create import create_roles
+from ..models.load import adapter_settings
 from ..models.pipeline import PipelineBackbone, family_of
-from ..models.protocol import Conditioning, guided
+from ..models.protocol import Conditioning
 from ..models.roles import Roles
-from ..models.specification import Role
-from .build import algorithm_of, build_roles
+from ..models.settings import ModelConfig
+from ..models.specification import Role, RoleSpec
+from .build import algorithm_of
 from .start import distillation
 
 CLIP_TOKENS = 77  # SD3's pipeline pads to them; T5's are model.max_sequence_length
 PROMPT_TOKENS = 64  # of a prompt, where the model does not pad to a fixed length
 GPU_FLOPS = 989e12  # an H100's or H200's dense bfloat16 peak, by its data sheet
 ADAM_BYTES = {False: 8, True: 2}  # two averages a trained parameter, in float32 or in 8 bits
-GRADIENT_BYTES = 4
+FLOAT_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -63,26 +69,25 @@ def estimate(config: RunConfig, **sizes: Any) -> Estimate | None:
         sizes: of the transformer, in place of its own; for tests.
     """
     name = architecture_of(config.model.path)
-    if name is None or not algorithm_of(config).evaluations(config):
+    counts = algorithm_of(config).evaluations(config)
+    if name is None or not counts:
         return None
-    dtype = getattr(torch, config.model.dtype)
-    backbone = random_backbone(name, config, **sizes)
-    teacher = random_backbone(name, config, **sizes) if config.model.teacher else None
-    with torch.device("meta"):
-        roles = build_roles(config, backbone, teacher)
-    works = _Works(config, backbone, roles)
+    specs = {spec.name: spec for spec in algorithm_of(config).declare_roles(config)}
+    samples = min(config.batch.micro_batch, config.batch.prompts * config.batch.group)
+    parts = _parts(name, config.model.model_dump_json(), samples, config.tdm.teacher_guidance > 1, _frozen(sizes))
     working, flops = {}, {}
-    without, once = play(works.sample)
-    for part, count in algorithm_of(config).evaluations(config).items():
-        working[part], flops[part] = without, once * count.frozen / works.samples
+    for part, count in counts.items():
+        working[part], flops[part] = parts.sample.peak, parts.sample.flops * count.frozen / samples
         if count.trained:
-            alive, arithmetic = works.training(count.role or Role.GENERATOR)
-            working[part] = max(without, alive)
-            flops[part] += arithmetic * count.trained / works.samples
-    working["decode"], arithmetic = play(works.decode)
-    flops["decode"] = arithmetic * config.batch.prompts * config.batch.group / works.decoded
-    held = _held(config, backbone, teacher, roles) | {"prompts and trajectories": works.kept_bytes()}
-    encoders = text_encoder_parameters(name, t5=config.model.t5) * dtype.itemsize
+            full = count.role is not None and specs[count.role].weights == "full"
+            one = parts.train_full() if full else parts.train
+            inside = one.kept + parts.guided.peak if part == "generator" else 0  # the teacher, while activations wait
+            working[part] = max(working[part], one.peak, inside)
+            flops[part] += one.flops * count.trained / samples
+    working["decode"] = parts.decode.peak
+    flops["decode"] = parts.decode.flops * config.batch.prompts * config.batch.group / parts.decoded
+    held = _held(config, parts, tuple(specs.values()))
+    encoders = text_encoder_parameters(name, t5=config.model.t5) * getattr(torch, config.model.dtype).itemsize
     (working if config.model.offload else held)["text encoders"] = encoders
     return Estimate(held, working, flops, architectures()[name]["utilisation"])
 
@@ -122,19 +127,24 @@ def describe(found: Estimate) -> str:
 # ------------------------------------------------------------------------------------------ what stays
 
 
-def _held(config: RunConfig, backbone: PipelineBackbone, teacher: PipelineBackbone | None, roles: Roles) -> dict:
-    hosts = [b.transformer for b in (backbone, teacher) if b is not None]
-    owned = {spec.name: roles.parameters(spec.name) for spec in roles.specs}
-    adapters = {id(p) for parameters in owned.values() for p in parameters}
-    frozen = sum(_bytes(p) for h in hosts for p in [*h.parameters(), *h.buffers()] if id(p) not in adapters)
-    trained = {spec.name: sum(p.numel() for p in owned[spec.name]) for spec in roles.specs if spec.trained}
+def _held(config: RunConfig, parts: _Parts, specs: tuple[RoleSpec, ...]) -> dict[str, float]:
+    """Bytes that stay, by name: of the frozen models, and what the declared roles add to them."""
+    m, b = config.model, config.batch
+    backbones = 2 if m.teacher else 1
+    numbers = {spec.name: parts.full_numbers if spec.weights == "full" else parts.adapter_numbers for spec in specs}
+    trained = {spec.name: numbers[spec.name] for spec in specs if spec.trained}
+    whole = {spec.name for spec in specs if spec.weights == "full"}
+    adapters = [spec for spec in specs if spec.weights == "lora"]
+    combined = sum(m.merge + (spec.added is not None and spec.added.role in whole) for spec in adapters)
+    points = 2 * config.sampler.steps + 1
     return {
-        "frozen transformer" + ("s" if teacher else ""): frozen,
-        f"weights of {len(owned)} roles": sum(_bytes(p) for ps in owned.values() for p in ps),
+        "frozen transformer" + ("s" if m.teacher else ""): backbones * parts.frozen_bytes,
+        f"weights of {len(specs)} roles": FLOAT_BYTES * sum(numbers.values()),
         "optimizers": sum(ADAM_BYTES[_optimizer_of(config, role).eight_bit] * n for role, n in trained.items()),
-        "gradients, of one role at a time": GRADIENT_BYTES * max(trained.values()),
-        "merged copies": roles.copied_bytes(),
-        "autoencoder": 0 if config.model.offload else sum(_bytes(p) for p in backbone.pipeline.vae.parameters()),
+        "gradients, of one role at a time": FLOAT_BYTES * max(trained.values()),
+        "merged copies": combined * parts.adapted_bytes,
+        "autoencoder": 0 if m.offload else parts.autoencoder_bytes,
+        "prompts and trajectories": b.prompts * (parts.prompt_bytes + points * b.group * parts.latent_bytes),
     }
 
 
@@ -150,9 +160,8 @@ def _bytes(t: Tensor) -> int:
 # ------------------------------------------------------------------------------------------ what works
 
 
-def random_backbone(name: str, config: RunConfig, *, device: str = "meta", **sizes: Any) -> PipelineBackbone:
-    """The backbone that ``config`` asks for, of an architecture's sizes or those given, with random weights."""
-    m = config.model
+def random_backbone(name: str, m: ModelConfig, *, device: str = "meta", **sizes: Any) -> PipelineBackbone:
+    """The backbone that the settings name, of an architecture's sizes or those given, with random weights."""
     pipeline = random_pipeline(name, device=device, dtype=getattr(torch, m.dtype), **sizes)
     backbone = family_of(type(pipeline).__name__, name)(
         pipeline, max_sequence_length=m.max_sequence_length, resolution=m.resolution, decode_batch=m.decode_batch
@@ -162,66 +171,82 @@ def random_backbone(name: str, config: RunConfig, *, device: str = "meta", **siz
     return backbone
 
 
-class _Works:
-    """The parts of an iteration on one micro-batch of shapes."""
+@dataclass(frozen=True)
+class Play:
+    """Bytes at the worst moment, bytes that a backward keeps at the end of the forward, floating point operations."""
 
-    def __init__(self, config: RunConfig, backbone: PipelineBackbone, roles: Roles) -> None:
-        self.config, self.backbone, self.roles = config, backbone, roles
-        self.samples = min(config.batch.micro_batch, config.batch.prompts * config.batch.group)
-        self.decoded = min(config.model.decode_batch, self.samples)
-        self.conditioning = random_conditioning(backbone, self.samples, device="meta")
-        self.x_t = torch.empty((self.samples, *backbone.latent_shape), device="meta")
-        self.t = torch.empty(self.samples, device="meta")
-        self._adapter: tuple[float, float] | None = None
+    peak: float
+    kept: float
+    flops: float
 
-    def training(self, role: str) -> tuple[float, float]:
-        """`play` of a role's forward and backward. Adapters all cost the same."""
-        spec = next(spec for spec in self.roles.specs if spec.name == role)
-        if role == Role.GENERATOR:
-            return play(self._train_generator)[0], self._training_adapter()[1]  # its teacher is counted elsewhere
-        return play(lambda: self._train(role)) if spec.weights == "full" else self._training_adapter()
 
-    def _training_adapter(self) -> tuple[float, float]:
-        """That of the generator alone."""
-        self._adapter = self._adapter or play(lambda: self._train(Role.GENERATOR))
-        return self._adapter
+class _Parts:
+    """Sizes of a model with one adapter, and the parts of an iteration on one micro-batch, each played through once."""
 
-    def kept_bytes(self) -> int:
-        """An iteration's embeddings, each prompt's once, and its trajectories with every point and clean prediction."""
-        b = self.config.batch
-        a_prompt = sum(_bytes(t) for t in self.conditioning.tensors.values()) // self.samples
-        points = 2 * self.config.sampler.steps + 1
-        return a_prompt * b.prompts + points * b.prompts * b.group * _bytes(self.x_t[:1])
+    def __init__(self, backbone: PipelineBackbone, model: ModelConfig, samples: int, *, with_guidance: bool) -> None:
+        transformer = backbone.transformer
+        self.backbone, self.decoded = backbone, min(backbone.decode_batch, samples)
+        self.frozen_bytes = sum(_bytes(p) for p in [*transformer.parameters(), *transformer.buffers()])
+        self.full_numbers = sum(p.numel() for p in transformer.parameters())
+        self.autoencoder_bytes = sum(_bytes(p) for p in backbone.pipeline.vae.parameters())
+        specs = [RoleSpec(Role.GENERATOR, trained=True)]
+        with torch.device("meta"):
+            self.roles = create_roles(specs, backbone, adapter_settings(model))
+        self.adapter_numbers = sum(p.numel() for p in self.roles.parameters(Role.GENERATOR))
+        self.adapted_bytes = sum(_bytes(delta) for delta in self.roles.base_weights(Role.GENERATOR))
+        self.inputs = self._inputs(samples)
+        self.prompt_bytes = sum(_bytes(t) for t in self.inputs[2].tensors.values()) // samples
+        self.latent_bytes = _bytes(self.inputs[0][:1])
+        self.sample = play(lambda: self._sample(self.inputs))
+        self.guided = play(lambda: self._sample(self._inputs(2 * samples))) if with_guidance else self.sample
+        self.train = self._training(self.roles)
+        self.decode = play(self._decode)
 
-    @torch.no_grad()
-    def sample(self) -> None:
-        with self.roles.use(Role.GENERATOR) as velocity:
-            velocity(self.x_t, self.t, self.conditioning)
+    def train_full(self) -> Play:
+        """Forward and backward of a role with weights of its own."""
+        config = LoraConfig(target_modules=[])
+        with torch.device("meta"):
+            specs = [RoleSpec(Role.GENERATOR, trained=True, weights="full")]
+            return self._training(create_roles(specs, self.backbone, config))
 
-    def _train(self, role: str) -> None:
-        with self.roles.use(role) as velocity:
-            velocity(self.x_t, self.t, self.conditioning).square().sum().backward()
-        self._drop_gradients(role)
-
-    def _train_generator(self) -> None:
-        """The teacher, with its guidance, looks at the sample while the generator's activations wait."""
-        with self.roles.use(Role.GENERATOR) as velocity:
-            v = velocity(self.x_t, self.t, self.conditioning)
-            with torch.no_grad(), self.roles.use(Role.TEACHER) as teacher:
-                empty = self.conditioning.rows(torch.zeros(1, dtype=torch.int64))
-                guided(teacher, empty, self.config.tdm.teacher_guidance)(self.x_t, self.t, self.conditioning)
-            v.square().sum().backward()
-        self._drop_gradients(Role.GENERATOR)
-
-    def _drop_gradients(self, role: str) -> None:
-        for p in self.roles.parameters(role):
-            p.grad = None
+    def _inputs(self, samples: int) -> tuple[Tensor, Tensor, Conditioning]:
+        x_t = torch.empty((samples, *self.backbone.latent_shape), device="meta")
+        c = random_conditioning(self.backbone, samples, device="meta")
+        return x_t, torch.empty(samples, device="meta"), c
 
     @torch.no_grad()
-    def decode(self) -> None:
+    def _sample(self, inputs: tuple[Tensor, Tensor, Conditioning]) -> None:
+        with self.roles.use(Role.GENERATOR) as velocity:
+            velocity(*inputs)
+
+    def _training(self, roles: Roles) -> Play:
+        def work(meter: Meter) -> None:
+            with roles.use(Role.GENERATOR) as velocity:
+                loss = velocity(*self.inputs).square().sum()
+                meter.mark()
+                loss.backward()
+            for p in roles.parameters(Role.GENERATOR):
+                p.grad = None
+
+        return play_with(work)
+
+    @torch.no_grad()
+    def _decode(self) -> None:
         vae = self.backbone.pipeline.vae
         z = torch.empty((self.decoded, *self.backbone.latent_shape), device="meta", dtype=vae.dtype)
         vae.decode(z, return_dict=False)[0].float()
+
+
+@cache
+def _parts(name: str, model: str, samples: int, with_guidance: bool, sizes: tuple[tuple[str, Any], ...]) -> _Parts:
+    """Kept: a run and the distillation before it have the same."""
+    config = ModelConfig.model_validate_json(model)
+    backbone = random_backbone(name, config, **dict(sizes))
+    return _Parts(backbone, config, samples, with_guidance=with_guidance)
+
+
+def _frozen(sizes: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    return tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in sorted(sizes.items()))
 
 
 def random_conditioning(backbone: PipelineBackbone, samples: int, *, device: str) -> Conditioning:
@@ -240,11 +265,16 @@ def random_conditioning(backbone: PipelineBackbone, samples: int, *, device: str
 # ------------------------------------------------------------------------------------------ counting
 
 
-def play(work: Callable[[], None]) -> tuple[float, float]:
-    """Bytes alive at the worst moment of ``work``, beyond what was alive before, and its floating point operations."""
+def play(work: Callable[[], None]) -> Play:
+    """What ``work`` costs, beyond what was alive before."""
+    return play_with(lambda meter: work())
+
+
+def play_with(work: Callable[[Meter], None]) -> Play:
+    """The same; ``work`` may call `Meter.mark` at the end of a forward."""
     with Meter() as meter, FusedAttention() as attention:
-        work()
-    return meter.peak, meter.flops + attention.flops
+        work(meter)
+    return Play(meter.peak, meter.marked, meter.flops + attention.flops)
 
 
 class Meter(TorchDispatchMode):
@@ -253,7 +283,7 @@ class Meter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.alive, self.peak, self.flops = 0, 0, 0.0
+        self.alive, self.peak, self.marked, self.flops = 0, 0, 0, 0.0
         self._seen: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -268,6 +298,10 @@ class Meter(TorchDispatchMode):
         if func.overloadpacket in flop_registry:
             self.flops += flop_registry[func.overloadpacket](*args, **kwargs, out_val=out)
         return out
+
+    def mark(self) -> None:
+        """Notes what is alive now."""
+        self.marked = self.alive
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         size = storage.nbytes()

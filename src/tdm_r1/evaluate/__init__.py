@@ -1,0 +1,1 @@
+"""Evaluation: one sampler and one scorer for runs, `eval` and `sample`; tables and pictures."""
