@@ -24,8 +24,8 @@ from tdm_r1.mini.report import completed_run
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # recipe, and what is changed in it
     "anchored": ("mini", {}),
     "paper": ("mini_paper", {}),
-    "not carried": ("mini", {"surrogate.carried": 0.0}),
-    "no reward": ("mini", {"surrogate.carried": 0.0, "balance.scale": 0.0}),
+    "not added": ("mini", {"surrogate.added_delta": 0.0}),
+    "no reward": ("mini", {"surrogate.added_delta": 0.0, "balance.scale": 0.0}),
 }
 DIAGNOSTICS = (
     "surrogate/preference_accuracy",

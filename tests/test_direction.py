@@ -1,136 +1,22 @@
 """The direction of learning: the real algorithms, on a world of Gaussian mixtures whose velocities are exact.
 
-Each role is a mixture with its own parameters, computed exactly at every noise level. So TDM has to bring the generator
-to the teacher's law, and TDM-R1 to the law that the reward tilts it to.
+TDM has to bring the generator to the teacher's law, and TDM-R1 to the law that the reward tilts it to.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig
-from torch import Tensor, nn
+from torch import Tensor
 
-from tdm_r1.algorithms.protocol import Algorithm, Batch
+from mixture_world import TARGET, TEACHER, Mixture, experiment
 from tdm_r1.algorithms.tdm import TDM
 from tdm_r1.algorithms.tdm_r1 import TDMR1
-from tdm_r1.config.run import RunConfig, validate
 from tdm_r1.core.toy import GaussianMixture
-from tdm_r1.models.create import create_roles
-from tdm_r1.models.protocol import Conditioning, Velocity
-from tdm_r1.models.roles import Roles
 from tdm_r1.models.specification import Role
-
-TEACHER = GaussianMixture(torch.tensor([0.4, 0.6]), torch.tensor([[0.6, -0.4], [-0.4, 0.6]]), torch.tensor([0.5, 0.6]))
-TARGET = torch.tensor([1.0, 1.0])
-
-
-class Mixture(nn.Module):
-    """A Gaussian mixture in R^2 whose parameters can be trained."""
-
-    def __init__(self, law: GaussianMixture) -> None:
-        super().__init__()
-        self.logits = nn.Parameter(law.weights.log())
-        self.means = nn.Parameter(law.means.clone())
-        self.log_stds = nn.Parameter(law.stds.log())
-
-    def law(self) -> GaussianMixture:
-        return GaussianMixture(self.logits.softmax(0), self.means, self.log_stds.exp())
-
-
-class World:
-    """A backbone whose transformer is a `Mixture`; its latents are points of R^2, [B, 2, 1, 1]."""
-
-    latent_shape = (2, 1, 1)
-
-    def __init__(self, law: GaussianMixture) -> None:
-        self.transformer = Mixture(law)
-
-    def encode(self, prompts: Sequence[str]) -> list[Conditioning]:
-        return [Conditioning.of(embeds=torch.zeros(1, 1)) for _ in prompts]
-
-    def velocity_of(self, transformer: nn.Module) -> Velocity:
-        def velocity(x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-            assert len(conditioning) == len(x_t)
-            points = x_t.flatten(1)
-            return transformer.law().velocity(points, t.clamp_max(1 - 1e-4)).reshape(x_t.shape)
-
-        return velocity
-
-    def decode(self, latents: Tensor) -> np.ndarray:
-        raise NotImplementedError("rewards see latents here")
-
-    def save_lora(self, *args: object) -> None:
-        raise NotImplementedError
-
-
-@dataclass
-class Experiment:
-    """An algorithm on the world; ``start`` is the law of the generator before it learns."""
-
-    algorithm: Algorithm
-    roles: Roles
-    config: RunConfig
-    iteration: int = 0
-
-    def run(self, iterations: int) -> list[dict[str, float]]:
-        found = []
-        for _ in range(iterations):
-            noise = torch.Generator().manual_seed(self.iteration)
-            b = self.config.batch
-            n = b.prompts * b.group
-            c = Conditioning.of(embeds=torch.zeros(1, 1)).expand(n)
-            x_1 = torch.randn(n, 2, 1, 1, generator=noise)
-            found.append(self.algorithm.step(Batch(c, x_1, b.group, noise, reward)))
-            self.iteration += 1
-        return found
-
-    def samples(self, role: Role = Role.GENERATOR_EMA) -> Tensor:
-        """[20000, 2] few-step samples."""
-        noise = torch.Generator().manual_seed(10**6)
-        n = 20_000
-        batch = Batch(
-            Conditioning.of(embeds=torch.zeros(1, 1)).expand(n),
-            torch.randn(n, 2, 1, 1, generator=noise),
-            1,
-            noise,
-            reward,
-        )
-        tdm = self.algorithm if isinstance(self.algorithm, TDM) else self.algorithm.tdm
-        return tdm.roll_out(batch).trajectory.final.flatten(1)
-
-
-def reward(latents: Tensor) -> Tensor:
-    """Higher near TARGET: exp(reward) tilts the teacher's law to a known one."""
-    return (-0.5 * (latents.flatten(1) - TARGET).square().sum(1)).double()
-
-
-def experiment(kind: type[Algorithm], start: GaussianMixture, **settings: dict) -> Experiment:
-    values: dict = {
-        "algorithm": "tdm" if kind is TDM else "tdm_r1",
-        "iterations": 400,
-        "model": {"roles": "full"},
-        "batch": {"prompts": 16, "group": 16, "micro_batch": 256},
-        "tdm": {
-            "teacher_guidance": 1.0,
-            "generator": {"learning_rate": 0.02, "betas": (0.5, 0.95)},
-            "fake": {"learning_rate": 0.02, "betas": (0.5, 0.95)},
-            "fake_steps": 2,
-            "generator_ema_decay": 0.95,
-        },
-    }
-    for group, changes in settings.items():
-        values[group] = values.get(group, {}) | changes
-    config, backbone = validate(values), World(TEACHER)
-    roles = create_roles(kind.declare_roles(config), backbone, LoraConfig())
-    theta = {name: p.detach() for name, p in Mixture(start).named_parameters()}
-    for role in (Role.GENERATOR, Role.GENERATOR_EMA):
-        roles.load(role, theta)
-    return Experiment(kind(roles, Conditioning.of(embeds=torch.zeros(1, 1)), config), roles, config)
 
 
 def distance(samples: Tensor, law: GaussianMixture) -> float:

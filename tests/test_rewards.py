@@ -7,11 +7,13 @@ import multiprocessing
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from pebble import ProcessFuture
 
 from reward_examples import (
     IMAGES,
@@ -305,6 +307,24 @@ def test_a_chunk_is_given_to_other_workers_where_the_idle_ones_had_died():
         workers.close()
     np.testing.assert_allclose(scores.values, SCORES)
     assert scores.failures == ()
+
+
+def test_a_chunk_that_died_with_its_worker_unseen_is_scored_again(monkeypatch: pytest.MonkeyPatch):
+    """A worker may die between taking a chunk and saying so: the pool then believes for ever that it waits."""
+    monkeypatch.setattr("tdm_r1.rewards.workers.PROBE_AFTER", 0.2)
+    workers = Workers(here("brightness"), load_reward, processes=1, timeout=20.0, chunk=2)
+    schedule, lost = workers._schedule, [ProcessFuture()]
+
+    def unseen(work, *args):
+        task = schedule(work, *args)
+        return replace(task, future=lost.pop()) if lost else task
+
+    monkeypatch.setattr(workers, "_schedule", unseen)
+    try:
+        scores = workers(IMAGES, TEXTS, METADATA)
+    finally:
+        workers.close()
+    np.testing.assert_allclose(scores.values, SCORES)
 
 
 def test_batches_are_scored_at_once_where_no_reward_is_in_this_process():

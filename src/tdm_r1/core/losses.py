@@ -43,7 +43,7 @@ def balanced_weight(s: Tensor, t: Tensor, like: Tensor, clamp: float) -> tuple[T
 
     Near t = s the noise cannot be told from x_t and the residual has variance 1 - ratio^2; with s = 0 it has about
     (1 - t)^2. The weight is the inverse of their sum, so that draws of every (s, t) are about equally loud: with
-    1 / (1 - t)^2 alone the draws near t = s drown the others (docs/log.md).
+    1 / (1 - t)^2 alone the draws near t = s drown the others (docs/notes).
     """
     _, sigma = flow.transition(s, t, like)
     t = flow.expand(t, like)

@@ -20,7 +20,7 @@ LATENT_CHANNELS = 8
 
 
 class AutoencoderConfig(Settings):
-    """How the mini autoencoder is trained. Ours, measured in `docs/log.md` unless said."""
+    """How the mini autoencoder is trained. Ours, measured in `docs/notes` unless said."""
 
     steps: int = 2400
     batch_size: int = 64

@@ -22,7 +22,7 @@ EMPTY = ""  # the caption of classifier-free guidance's unconditional half
 
 
 class PretrainConfig(Settings):
-    """How the base is pretrained. Ours, started from a prototype's values (docs/log.md)."""
+    """How the base is pretrained. Ours, started from a prototype's values (docs/notes)."""
 
     steps: int = 3600
     batch_size: int = 256

@@ -19,6 +19,13 @@ from .scores import Reward, Scores, attempt, joined, missing
 _here: dict[str, Any] = {}  # in a worker process: how to load the reward, and the reward or why there is none
 
 
+PROBE_AFTER = 2.0  # seconds
+
+
+class TaskLostError(Exception):
+    """A worker died with a task that the pool believes to be waiting."""
+
+
 class NotLoadedError(Exception):
     """A worker has no reward to score with."""
 
@@ -33,6 +40,10 @@ def _load() -> None:
         _here["reward"] = _here["load"](_here["name"])
     except (Exception, SystemExit) as error:  # told with a chunk: a pool whose workers do not start would hang
         _here["error"] = f"{error or type(error).__name__}"
+
+
+def _nothing() -> None:
+    """A task that does nothing; see `Workers._wait`."""
 
 
 def _ready() -> None:
@@ -131,7 +142,7 @@ class Workers:
     def _result(self, task: _Task, n: int, patience: _Patience, *, again: bool = True) -> Any:
         """What the task gave; missing scores of ``n`` samples where it failed."""
         try:
-            result = task.future.result(timeout=patience.left)
+            result = self._wait(task, patience)
         except UserError:
             raise
         except NotLoadedError as error:
@@ -145,13 +156,30 @@ class Workers:
             return missing(n, f"no worker was ready within {patience.seconds:g} seconds: they were stopped")
         except ProcessExpired as error:
             return missing(n, f"the worker process died (exit code {error.exitcode})")
-        except (BrokenExecutor, CancelledError):
+        except (BrokenExecutor, CancelledError, TaskLostError) as error:
             if again and patience.left:  # a worker that had nothing to do may have died a moment before
-                self._drop(task.pool)
+                if not isinstance(error, TaskLostError):
+                    self._drop(task.pool)
                 return self._result(self._schedule(task.work, *task.args), n, patience, again=False)
             return missing(n, "the worker processes died before they had anything to score")
         self._begun = True
         return result
+
+    def _wait(self, task: _Task, patience: _Patience) -> Any:
+        """The task's result. Raises TaskLostError if a worker died just when it had fetched the task: the pool then
+        waits for ever. It is found by a second task: tasks are begun in order, so the first cannot be still waiting
+        when that one is done."""
+        probe: ProcessFuture | None = None
+        while True:
+            try:
+                return task.future.result(timeout=min(patience.left, PROBE_AFTER))
+            except TimeoutError:
+                if task.future.done() or not patience.left:
+                    raise
+            if probe is not None and probe.done() and not (task.future.running() or task.future.done()):
+                raise TaskLostError
+            if probe is None and not task.future.running() and task.pool.active:
+                probe = task.pool.schedule(_nothing)
 
     def _drop(self, pool: ProcessPool) -> None:
         """Stops ``pool``, unless another thread has done so already."""
