@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-fast mutants lint format clean
 .DELETE_ON_ERROR:
 
 # The environment, made once and again when what it installs changes.
@@ -18,15 +18,22 @@ demo: $(BIN)/.installed  ## Reinforce the bundled 4-step model on this machine a
 test: $(BIN)/.installed lint  ## Lint, type-check and run every test
 	$(BIN)/python -m pytest
 
+test-fast: $(BIN)/.installed  ## The tests that are not marked slow
+	$(BIN)/python -m pytest -m "not slow"
+
+mutants: $(BIN)/.installed  ## Change core/ and algorithms/ line by line and see which changes no fast test notices
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt '.[mutants]'
+	$(BIN)/python benchmarks/mutants.py --run
+
 lint: $(BIN)/.installed
 	$(BIN)/ruff format --check src tests benchmarks scorers
 	$(BIN)/ruff check src tests benchmarks scorers
 	$(BIN)/mypy
-	$(BIN)/lint-imports --no-cache > /dev/null || $(BIN)/lint-imports --no-cache
+	$(BIN)/lint-imports --no-cache
 
 format: $(BIN)/.installed
 	$(BIN)/ruff format src tests benchmarks scorers
 	$(BIN)/ruff check --fix src tests benchmarks scorers
 
 clean:
-	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv build dist mutants .pytest_cache .mypy_cache .ruff_cache

@@ -24,6 +24,8 @@ from tdm_r1.train.build import algorithm_of, build_roles
 from tdm_r1.train.estimate import Meter, estimate, random_backbone, random_conditioning
 from tdm_r1.train.run import Run
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 
 

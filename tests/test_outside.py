@@ -19,6 +19,8 @@ from tdm_r1.models.lora_files import read_lora
 from tdm_r1.rewards.registry import load_reward
 from tdm_r1.train.run import Run
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., RunConfig]
 ALGORITHM = "outside.algorithm:BestOfGroup"
 

@@ -3,7 +3,11 @@
 import re
 from pathlib import Path
 
+import pytest
+
 from tdm_r1.mini.bundle import bundle_path
+
+pytestmark = pytest.mark.slow
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)

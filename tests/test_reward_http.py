@@ -25,6 +25,8 @@ from tdm_r1.rewards.scores import Scores, checked
 from tdm_r1.rewards.settings import ScoringConfig
 from tdm_r1.rewards.workers import Workers
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def serve() -> Iterator:

@@ -36,6 +36,8 @@ from tdm_r1.rewards.scores import Scores, attempt, checked, joined
 from tdm_r1.rewards.settings import ScoringConfig
 from tdm_r1.rewards.workers import Workers
 
+pytestmark = pytest.mark.slow
+
 # ------------------------------------------------------------------------------------------ contract
 
 

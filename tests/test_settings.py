@@ -17,6 +17,8 @@ from tdm_r1.train.estimate import needs
 from tdm_r1.train.run import Run
 from tdm_r1.train.start import train
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., RunConfig]
 
 

@@ -18,6 +18,8 @@ from tdm_r1.rewards.registry import load_reward
 from tdm_r1.tasks.protocol import Prompt
 from tdm_r1.train.run import Run
 
+pytestmark = pytest.mark.slow
+
 
 def specs(n: int, seed: int = 0) -> list[dict]:
     rng = np.random.default_rng(seed)

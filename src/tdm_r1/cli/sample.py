@@ -41,11 +41,11 @@ class Sample:
     t5: bool | None = None
     """SD3: whether T5 reads prompts; else it does."""
     max_sequence_length: int | None = None
-    """T5 tokens; else 256. A mini model knows its own."""
+    """T5 tokens; else 256. A mini model uses its own."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the weights; auto is bfloat16 on a GPU, float32 elsewhere."""
     offload: bool = False
-    """Keep text encoders and autoencoder in main memory while nobody needs them."""
+    """Keep text encoders and autoencoder in main memory while they are not used."""
     seed: int = 0
     """Of the noise."""
     out: Path = Path("sample.png")

@@ -127,7 +127,7 @@ class Comparison:
         return {m.name: {metric: column[m.name] for metric, column in columns.items()} for m in self.models}
 
     def _column(self, metric: str) -> dict[str, dict[str, float]]:
-        """model -> its numbers of one metric. Those with missing scores are not filed: the next evaluation asks for
+        """model -> its numbers of one metric. Those with missing scores are not filed: the next evaluation scores
         them again."""
         files = {m.name: self.files.scores(m, metric) for m in self.models}
         found = {model: json.loads(file.read_text()) for model, file in files.items() if file.exists()}

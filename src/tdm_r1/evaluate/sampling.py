@@ -30,11 +30,11 @@ class FewStepModel:
         lora: a LoRA folder or hub id, with ``@0.125`` behind it where its publisher loads it at such a strength; a mini
             model's name is its bundled 4-step student; None samples the base itself.
         steps, shift, solver: the few-step grid, and how it is walked: as the LoRA was trained.
-        max_sequence_length: T5 tokens (the mini model knows its own).
+        max_sequence_length: T5 tokens (a mini model uses its own).
         t5: whether an SD3 loads T5.
         resolution: side of the images in px; the model's own if None.
         dtype: of the weights; ``auto`` is bfloat16 on a GPU, float32 elsewhere.
-        offload: keep text encoders and autoencoder in main memory while nobody needs them.
+        offload: keep text encoders and autoencoder in main memory while they are not used.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The main job on the mini model, told: base, 4-step student before and after, as a table, a picture and JSON."""
+"""The main job on the mini model: base and 4-step student before and after, as a table, a picture and JSON."""
 
 from __future__ import annotations
 

@@ -133,7 +133,7 @@ def read_lora(lora: str | Path, *, strength: float | None = None) -> LoraFile:
         settings = {"r": rank, "lora_alpha": rank, "alpha_pattern": {m: r for m, r in ranks.items() if r != rank}}
     if not settings:
         raise ValueError(
-            f"the LoRA at {str(lora)!r} carries no adapter metadata: save it again with its LoraConfig, or give the "
+            f"the LoRA at {str(lora)!r} has no adapter metadata: save it again with its LoraConfig, or give the "
             "strength at which it is meant to be loaded: model.student_lora_scale in training, LORA@0.125 elsewhere"
         )
     return LoraFile(weights, _checked_config(settings, path))
@@ -199,7 +199,7 @@ def _contents(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def lora_digest(lora: str | Path) -> str:
-    """What tells one LoRA from another: its weights and settings. (The bytes of two equal files differ: safetensors
+    """Identifies a LoRA by its weights and settings. (The bytes of two equal files differ: safetensors
     writes metadata in no fixed order.)"""
     digest = hashlib.sha256()
     path = lora_file(lora)

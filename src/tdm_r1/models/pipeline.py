@@ -85,7 +85,7 @@ class PipelineBackbone(ABC):
 
     @abstractmethod
     def own_resolution(self) -> int:
-        """The side of the model's images in px where nobody asks for another."""
+        """The side of the model's images in px where no other is set."""
 
     @abstractmethod
     def encode_one(self, prompt: str) -> Conditioning:

@@ -34,7 +34,7 @@ def score_folder(
     ``out.partial``, which stays behind where scoring is broken off. A picture that cannot be read has no score.
 
     Raises UserError or ValueError on a folder without pictures, prompts that do not go with them, or none where the
-    reward wants some.
+    reward needs some.
     """
     files = picture_files(images)
     wanted = prompts_of(images, files, prompts)

@@ -44,7 +44,7 @@ class Mask2FormerDetector:
         network: Any = Mask2FormerForUniversalSegmentation.from_pretrained(model)
         self.network = network.eval().requires_grad_(False).to(self.device)
         if (n := network.config.num_labels) != len(CLASSES):
-            raise UserError(f"the detector {model!r} knows {n} classes: GenEval wants COCO's {len(CLASSES)}, in order")
+            raise UserError(f"the detector {model!r} has {n} classes: GenEval needs COCO's {len(CLASSES)}, in order")
 
     def __call__(self, images: np.ndarray) -> list[list[Detection]]:
         """Detections of pictures, uint8 [B, H, W, 3], with their masks."""
@@ -125,7 +125,7 @@ class GenEvalReward:
     """GenEval's verdict (``strict``, 0 or 1) or Flow-GRPO's graded reward (``soft``, in [0, 1]), with the other one
     as a part.
 
-    Wants GenEval's metadata with each prompt: ``tag``, ``include``, ``exclude``.
+    Needs GenEval's metadata with each prompt: ``tag``, ``include``, ``exclude``.
     """
 
     def __init__(

@@ -111,7 +111,7 @@ class RewardServer(ThreadingHTTPServer):
         name: what `GET /health` answers.
         host: loopback by default. Raises UserError if bound elsewhere without a token, or if it cannot be listened on.
         port: 0 takes a free one; see ``url``.
-        token: what requests have to carry as ``Authorization: Bearer TOKEN``.
+        token: what requests have to send as ``Authorization: Bearer TOKEN``.
         max_request: bytes.
     """
 
@@ -138,7 +138,7 @@ class RewardServer(ThreadingHTTPServer):
         self.places = threading.BoundedSemaphore(MAX_WAITING)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Tells of errors, but for clients that have gone: that is their own affair."""
+        """Prints errors, except those of clients that have disconnected."""
         if not isinstance(sys.exception(), ConnectionError | TimeoutError):
             super().handle_error(request, client_address)
 

@@ -1,5 +1,5 @@
 """open_clip checkpoints as transformers' CLIPModel: the same network under other names, so that open_clip (and the
-torchvision that it wants) is not needed."""
+torchvision that it needs) is not needed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _BUFFERS = ("attn_mask",)  # saved by open_clip, made anew by transformers
 def to_transformers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """A state dict of open_clip's CLIP with ViT, under the names of transformers' `CLIPModel`.
 
-    Raises ValueError on names that it does not know.
+    Raises ValueError on unknown names.
     """
     out: dict[str, Tensor] = {}
     for name, w in weights.items():

@@ -78,7 +78,7 @@ def _numbers(values: Any) -> np.ndarray:
 
 
 def attempt(reward: Reward, images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> Scores:
-    """Scores a batch; whatever goes wrong costs its scores, and is told in `Scores.failures`.
+    """Scores a batch; whatever goes wrong costs its scores, and is described in `Scores.failures`.
 
     A UserError passes: it says that the input is wrong, which no later batch will mend.
     """

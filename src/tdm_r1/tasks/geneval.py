@@ -17,7 +17,7 @@ from .settings import TaskConfig
 DRAWS = 20  # for a prompt that the benchmark does not ask
 MIRRORED = {"right of": "left of", "below": "above"}
 NUMBERS = {2: "two", 3: "three", 4: "four"}
-# Shares in training. From a neighbour: Flow-GRPO's 7 : 5 : 3 : 1 : 1, which leaves single objects out.
+# Shares in training; default: Flow-GRPO's 7 : 5 : 3 : 1 : 1, which has no single objects.
 SHARES = {"single_object": 0.0, "two_object": 1.0, "counting": 5.0, "colors": 1.0, "position": 7.0, "color_attr": 3.0}
 
 

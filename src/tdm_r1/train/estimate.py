@@ -317,7 +317,7 @@ class Meter(TorchDispatchMode):
 class FusedAttention:
     """Attention as the fused kernels have it: q, k, v and the output are kept for the backward, and nothing else.
 
-    It stands in for PyTorch's function itself, since a function mode is off inside a backward, where checkpointing
+    It replaces PyTorch's function itself, since a function mode is off inside a backward, where checkpointing
     computes the forward again.
     """
 

@@ -49,7 +49,7 @@ def with_student(config: RunConfig, console: Console | None = None) -> RunConfig
     recipe = distillation(config)
     folder = recipe.folder
     if not RunFolder(folder).is_finished():
-        load_task(config.task)  # faults of the run itself are better told now than after a distillation
+        load_task(config.task)  # faults of the run itself are reported now, not after a distillation
         Scorer(config.reward, config.scoring).close()
         run = Run(recipe, console=console)
         run.fit(resume=bool(run.checkpoints()))

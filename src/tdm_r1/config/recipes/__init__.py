@@ -4,7 +4,7 @@ from importlib import resources
 
 
 def recipe_names() -> list[str]:
-    """Names that `tdm-r1 train` knows."""
+    """Names of the bundled recipes."""
     files = resources.files(__name__).iterdir()
     return sorted(f.name.removesuffix(".yaml") for f in files if f.name.endswith(".yaml"))
 
