@@ -1,8 +1,8 @@
 """Mutation testing: changes of the code that no fast test notices.
 
-Run: ``make mutants`` (mutmut changes `core/` and `algorithms/`, one line at a time, and runs the fast tests that touch the
-function; an hour or less on two cores). Writes docs/results/mutants.json and .md. Without ``--run`` it reads what an
-earlier run left in `mutants/`. ``benchmarks/mutants.yaml`` has the reason for each survivor that was read.
+Run: ``make mutants`` (mutmut changes `core/` and `algorithms/`, one expression at a time, and runs the fast tests that
+touch the function; an hour or less on two cores). Writes docs/results/mutants.json and .md. Without ``--run`` it reads
+what an earlier run left in `mutants/`. ``benchmarks/mutants.yaml`` has the reason for each survivor that was read.
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ def page(result: dict) -> str:
     lines = [
         "# Mutation testing",
         "",
-        f"Written by `make mutants`: {result['caught']} of {result['mutants']} changes of `core/` and `algorithms/` were",
-        f"caught by the fast tests ({share:.1f} %). {len(result['survivors'])} survived, of which {unread} have no reason",
-        "written down.",
+        f"Written by `make mutants`: {result['caught']} of {result['mutants']} changes of `core/` and `algorithms/`",
+        f"were caught by the fast tests ({share:.1f} %). {len(result['survivors'])} survived; {unread} of these have",
+        "no reason written down.",
         "",
         "| module | caught | changes |",
         "|---|---|---|",

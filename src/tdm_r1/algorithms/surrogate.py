@@ -140,7 +140,7 @@ class Surrogate:
 
     @torch.no_grad()  # the reward's gradient is a stop-gradient in Eq. 11
     def direction(self, x_t: Tensor, t: Tensor, c: Conditioning) -> Tensor:
-        """Eq. 10: the direction in which log p_phi(x_t)/p_ref(x_t) falls, at the noise levels that phi is trained at."""
+        """Eq. 10: the direction in which log p_phi(x_t)/p_ref(x_t) falls, at the noise levels of phi's training."""
         with self.roles.use(Role.SURROGATE_EMA) as velocity:
             x0_phi = flow.x0_from_v(velocity(x_t, t, c), x_t, t)
         x0_ref = flow.x0_from_v(self.reference_velocity(x_t, t, c), x_t, t)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from ..algorithms.protocol import Batch
@@ -19,12 +16,9 @@ from ..config.load import differences, require_same_run
 from ..config.run import RunConfig
 from ..core.randomness import numpy_rng, torch_rng
 from ..errors import UserError
-from ..evaluate import pictures
 from ..evaluate.evaluation import Evaluation, Evaluator, Sampling, mean_of
-from ..files import whole_folder
 from ..models.embedder import Embedder
-from ..models.export import exported
-from ..models.load import adapter_settings, load_backbones
+from ..models.load import load_backbones
 from ..models.specification import evaluated
 from ..rewards.registry import named
 from ..rewards.scorer import Scorer
@@ -33,9 +27,11 @@ from ..tasks.load import load_task
 from ..tasks.settings import TaskConfig
 from .build import algorithm_of, build_roles, load_starts
 from .checkpoint import DamagedError, load_state, save_state
+from .export import export_roles
 from .folder import RunFolder, listed
+from .loop import interrupts, peak_memory, progress
+from .report import Reporter
 from .scoring import LatentScorer
-from .trackers import Trackers
 
 
 class Run:
@@ -60,7 +56,7 @@ class Run:
         self.scorer = Scorer(config.reward, config.scoring, reward=reward)
         self.scorer.check([*self.task.known, *self.task.eval_prompts(config.evaluation.prompts)])
         kind = algorithm_of(config)
-        self.trackers = Trackers(config)
+        self.reporter = Reporter(config, self.files, self.console)
         self.backbone, teacher = load_backbones(config.model)
         self.roles = build_roles(config, self.backbone, teacher)
         load_starts(config, self.roles)
@@ -91,7 +87,7 @@ class Run:
             return torch.from_numpy(scores.values)
 
         noise = torch_rng(c.seed, i, "algorithm")
-        with _peak_memory(x_1.device) as memory:
+        with peak_memory(x_1.device) as memory:
             metrics = self.algorithm.step(Batch(conditioning, x_1, c.batch.group, noise, score))
         self.iteration += 1
         return metrics | parts | memory
@@ -133,13 +129,15 @@ class Run:
 
     def _train(self, evaluator: Evaluator, last: Evaluation | None) -> Evaluation | None:
         """The loop; returns the last evaluation, ``last`` if it makes none."""
-        with self._progress() as show, _interrupts() as interrupted:
+        c = self.config
+        bar = progress(c.name, total=c.iterations, done=self.iteration, console=self.console)
+        with bar as show, interrupts() as interrupted:
             while self.iteration < self.config.iterations and not interrupted():
                 start = time.perf_counter()
                 metrics = self.step()
                 self.seconds += time.perf_counter() - start
                 self._log(metrics)
-                show(metrics)
+                show(self.iteration, metrics)
                 due = self._due()
                 if due or self.iteration % self.config.save_every == 0:
                     self.save()  # before an evaluation, which may break
@@ -176,28 +174,6 @@ class Run:
             return f"No checkpoint could be written ({error}); {kept}. Free some space first."
         return f"Saved after iteration {self.iteration}; mend it first."
 
-    @contextmanager
-    def _progress(self) -> Iterator[Any]:
-        """A progress bar with ETA; yields what shows an iteration's metrics."""
-        columns = (
-            TextColumn(self.config.name),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[shown]}"),
-        )
-        with Progress(*columns, console=self.console) as progress:
-            bar = progress.add_task("", total=self.config.iterations, completed=self.iteration, shown="")
-
-            def show(metrics: dict[str, float]) -> None:
-                name = "reward/mean" if "reward/mean" in metrics else next(iter(metrics), None)
-                shown = f"{name} {metrics[name]:.3f}" if name else ""  # one: more would cut the ETA off
-                progress.update(bar, completed=self.iteration, shown=shown)
-
-            yield show
-
     # -------------------------------------------------------------------------------------- measuring
 
     def evaluator(self) -> Evaluator:
@@ -221,31 +197,16 @@ class Run:
         return Sampling(role or evaluated(self.roles.specs), s.steps, s.shift, s.solver)
 
     def _report(self, result: Evaluation) -> Evaluation:
-        """Logs, draws and prints an evaluation."""
         self.scoring.show_failures(result.scores)
         self.scoring.watch.require_any(result.scores)
-        self._log({f"eval/{k}": v for k, v in result.metrics.items()})
-        self._picture(result)
-        pictures.curves(self.files.history(), self.folder / "curves.png")
-        self.trackers.image(self.iteration, "curves", self.folder / "curves.png")
-        line = "  ".join(f"{k} {v:.3f}" for k, v in result.metrics.items() if "/" not in k)
-        self.console.print(f"iteration {self.iteration}: {line}", highlight=False)
+        self.reporter.evaluation(self._counts(), result)
         return result
 
-    def _picture(self, result: Evaluation) -> None:
-        n = self.config.evaluation.grid_prompts
-        if n:
-            rows = torch.arange(0, len(result.prompts), self.config.evaluation.images_per_prompt)[:n].numpy()
-            captions = [result.prompts[i].text for i in rows]
-            picture = pictures.grid([(f"iteration {self.iteration}", result.images[rows])], captions)
-            path = self.folder / "grids" / f"iteration_{self.iteration:06d}.png"
-            pictures.save_png(picture, path)
-            self.trackers.image(self.iteration, "samples", path)
-
     def _log(self, metrics: dict[str, float]) -> None:
-        counts = {"iteration": self.iteration, "seconds": round(self.seconds, 2), "scored": self.scored}
-        self.files.log(counts | {k: round(v, 6) for k, v in metrics.items()})
-        self.trackers.log(self.iteration, metrics)
+        self.reporter.log(self._counts(), metrics)
+
+    def _counts(self) -> dict[str, float]:
+        return {"iteration": self.iteration, "seconds": round(self.seconds, 2), "scored": self.scored}
 
     # -------------------------------------------------------------------------------------- the folder
 
@@ -329,47 +290,5 @@ class Run:
         self.files.forget_after(self.iteration)
 
     def export(self, folder: Path) -> None:
-        """Writes for plain diffusers what the roles declare: LoRAs, or, where roles have weights of their own, the
-        evaluated one as a whole transformer."""
-        if self.config.model.roles == "full":
-            with whole_folder(folder / "transformer") as partial:
-                self.roles.transformer(evaluated(self.roles.specs)).save_pretrained(partial)
-            return
-        for spec in self.roles.specs:
-            if spec.exported_as:
-                with whole_folder(folder / spec.exported_as) as partial:
-                    self.backbone.save_lora(
-                        partial, *exported(self.roles, spec.name, adapter_settings(self.config.model))
-                    )
-
-
-@contextmanager
-def _peak_memory(device: torch.device) -> Iterator[dict[str, float]]:
-    """Yields a dict that holds the most memory of a GPU that tensors took inside, in GiB; nothing on a CPU."""
-    found: dict[str, float] = {}
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    yield found
-    if device.type == "cuda":
-        found["memory/peak_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
-
-
-@contextmanager
-def _interrupts() -> Iterator[Any]:
-    """Turns the first Ctrl-C (or SIGTERM) into a flag; a second one interrupts at once."""
-    seen: list[int] = []
-
-    def handle(number: int, frame: Any) -> None:
-        if seen:
-            raise KeyboardInterrupt
-        seen.append(number)
-
-    try:
-        before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread (a notebook's worker, a test): nothing to catch there
-        before = {}
-    try:
-        yield lambda: bool(seen)
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
+        """Writes the evaluated weights, and others that the roles declare, for plain diffusers."""
+        export_roles(folder, self.config.model, self.backbone, self.roles)
