@@ -2,8 +2,8 @@
 
 A pipeline of random weights is written to a temporary folder, text encoders and all (16 to 20 GB), and the recipe's
 own run trains on it, with another transformer for the teacher where the recipe has one: loading, text encoders, every
-part of an iteration, saving. Seconds and peak memory of each, what `tdm_r1.estimate` expected, and the share of the
-GPU's peak arithmetic (model FLOP utilisation, and hardware's, which counts what checkpointing computes again). The
+part of an iteration, saving. Seconds and peak memory of each, what `tdm_r1.train.estimate` expected, and the share of
+the GPU's peak arithmetic (model FLOP utilisation, and hardware's, which counts what checkpointing computes again). The
 reward is random numbers. With ``--tiny`` the same code runs on small networks and a CPU.
 
 Run: ``python benchmarks/gpu_iteration.py`` (writes docs/results/gpu_iteration.json and .md).
@@ -182,8 +182,8 @@ def markdown(result: dict) -> str:
         "# One iteration at full size" + (" (tiny networks: a test of the script)" if result["tiny"] else ""),
         "",
         f"Written by `benchmarks/gpu_iteration.py` on {result['device']}, torch {result['torch']}. Weights and rewards "
-        "are random. Peaks are what PyTorch allocated; expected is `tdm_r1.estimate`'s arithmetic. Shares of the peak "
-        "leave the text encoders' time out.",
+        "are random. Peaks are what PyTorch allocated; expected is `tdm_r1.train.estimate`'s arithmetic. Shares of the "
+        "peak leave the text encoders' time out.",
     ]
     for row in result["models"]:
         checkpointing = "with" if row["gradient_checkpointing"] else "without"

@@ -1,4 +1,4 @@
-"""GPU memory and time of the recipes for real models, by arithmetic (`tdm_r1.estimate`).
+"""GPU memory and time of the recipes for real models, by arithmetic (`tdm_r1.train.estimate`).
 
 Run: ``python benchmarks/recipe_needs.py`` (writes docs/results/recipe_needs.json and .md). Needs no GPU and no hub.
 """

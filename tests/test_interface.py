@@ -55,11 +55,11 @@ def test_recipes_resolve_and_round_trip(name: str, tmp_path: Path):
         ),
         (
             {"model": {"dtype": "bfloat16", "merge": True}},
-            r"^model\.merge adds to a copy .* vanish in bfloat16: set it to false, or model\.dtype to float32",
+            r"^model\.merge = True with model\.dtype = bfloat16: .* are lost in bfloat16; set model\.merge to false",
         ),
         (
             {"model": {"dtype": "bfloat16"}, "surrogate": {"weights": "full", "added_delta": 1.0}},
-            r"^surrogate\.added_delta with surrogate\.weights = full adds to",
+            r"^surrogate\.added_delta = 1\.0 with surrogate\.weights = full and model\.dtype = bfloat16",
         ),
         ({"model": {"dtype": "float16"}}, r"model\.dtype = 'float16': .*'float32' or 'bfloat16'"),
         ({"iterations": 0}, "iterations = 0: .*greater than or equal to 1"),
@@ -84,7 +84,7 @@ def test_recipes_resolve_and_round_trip(name: str, tmp_path: Path):
             {"task": {"eval_prompts": "x.txt"}},
             r"task\.eval_prompts = x\.txt with task\.name = 'mini', which",
         ),
-        ({"surrogate": {"time_range": [0.9, 0.3]}}, r"surrogate\.time_range = .*0 <= low < high <= 1"),
+        ({"surrogate": {"time_range": [0.9, 0.3]}}, r"surrogate\.time_range = .*must satisfy 0 <= low < high <= 1"),
         ({"surrogate": {"loss": "dpo"}}, r"surrogate\.loss = 'dpo': .*'anchored' or 'preference'"),
     ],
 )
@@ -131,7 +131,7 @@ PROMPTS = ("--task.name", "prompts", "--task.weights", "None", "--task.prompts")
         (["train", "mini", "--task.name", "prompts", "--task.prompts", "a.txt"], "set task.weights to null"),
         (["train", "mini", *PROMPTS, "gone.txt"], "no such file"),
         (["train", "mini", "--model.device", "cuda"], "model.device = 'cuda' cannot be used"),
-        (["train", "mini", "--from", "3"], "--from = 3: it goes with --resume"),
+        (["train", "mini", "--from", "3"], "--from = 3: works only together with --resume"),
         (["sample", "--prompt", "a circle", "--lora", "gone"], "no LoRA at 'gone'"),
     ],
 )
@@ -184,7 +184,7 @@ def test_prompt_files(tmp_path: Path):
     with pytest.raises(ValueError, match=r"a\.jsonl:1: expected a JSON object with a 'prompt'"):
         PromptFileTask(rows)
     text.write_text("\n")
-    with pytest.raises(ValueError, match="holds no prompts"):
+    with pytest.raises(ValueError, match="contains no prompts"):
         PromptFileTask(text)
 
 

@@ -130,7 +130,7 @@ def test_what_a_run_cannot_change_is_refused_by_name(setting: str, value: str | 
 def test_a_checkpoint_of_other_roles_is_refused_where_the_settings_are_gone(finished: Path):
     config = load_recipe(str(finished)).override({"tdm.fake_scores": "one", "iterations": 2})
     (finished / "config.yaml").write_text("of: another version\n")
-    with pytest.raises(UserError, match=r"these settings differ in fake_final"):
+    with pytest.raises(UserError, match=r"first difference: fake_final"):
         Run(config).open(resume=True)
 
 
@@ -323,7 +323,7 @@ def test_a_run_goes_on_behind_what_is_damaged(finished: Path, capsys):
     assert logged(finished) == rows
     for old in RunFolder(finished).checkpoints():
         old.write_bytes(b"nothing")
-    with pytest.raises(UserError, match=r"no checkpoint in .* can be read"):
+    with pytest.raises(UserError, match=r"none of the checkpoints in .* can be read"):
         Run(config).open(resume=True)
 
 

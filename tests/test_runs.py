@@ -598,7 +598,9 @@ class FailsAfter:
 
 def test_a_reward_that_breaks_down_stops_the_run_with_everything_saved(tiny_config: Make):
     config = tiny_config(iterations=8, save_every=100)
-    with pytest.raises(UserError, match=r"for 3 batch.*the server is gone.*Saved after iteration 4.*resume=True"):
+    with pytest.raises(
+        UserError, match=r"for 3 batch.*the server is gone.*Checkpoint saved after iteration 4.*resume=True"
+    ):
         Run(config, reward=FailsAfter(3)).fit()  # the evaluation before, two iterations; two without a score, then stop
     run = Run(config, reward=FailsAfter(100))
     run.fit(resume=True)

@@ -1,6 +1,6 @@
 """Settings of the algorithms, and the rules between them. Free of torch.
 
-Each description ends with where its default comes from: the paper (TDM-R1), TDM, DGPO, or ours.
+Descriptions name the source of a default: the paper (TDM-R1), another project, or ours.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ NoiseRange = Literal["to_noise", "interval"]
 class SamplerConfig(Settings):
     """The few-step sampler, in training and afterwards."""
 
-    steps: int = Field(4, ge=1, description="Forward evaluations an image, K; default: paper.")
+    steps: int = Field(4, ge=1, description="Forward evaluations per image, K; default: paper.")
     shift: float = Field(3.0, gt=0, description="Shift of the time grid towards noise; default: SD3.")
     solver: Solver = Field("euler", description="euler, dpm (Flow-DPM-Solver, as the paper) or stochastic.")
 
@@ -27,12 +27,17 @@ class SamplerConfig(Settings):
 class BatchConfig(Settings):
     """One iteration's samples."""
 
-    prompts: int = Field(8, ge=1, description="Prompts (groups) an iteration; default: ours.")
-    group: int = Field(24, ge=1, description="Samples a prompt that are scored, G; default: paper.")
+    prompts: int = Field(8, ge=1, description="Prompts (groups) per iteration; default: ours.")
+    group: int = Field(24, ge=1, description="Samples per prompt that are scored, G; default: paper.")
     trained: int | None = Field(
-        None, ge=1, description="Samples of a group in each update (extremes in the surrogate's); else all of them."
+        None,
+        ge=1,
+        description="Samples per group used in each update; default: all (ours). The surrogate uses those with the "
+        "highest and lowest scores.",
     )
-    micro_batch: int = Field(128, ge=1, description="Samples that go through the network at once; changes no result.")
+    micro_batch: int = Field(
+        128, ge=1, description="Samples that go through the network at once; does not affect results."
+    )
 
     @property
     def trained_of_group(self) -> int:
@@ -66,7 +71,10 @@ class TDMConfig(Settings):
     fake_steps: int = Field(1, ge=1, description="Fake-score updates per generator update; default: ours.")
     teacher_guidance: float = Field(3.0, ge=1, description="Guidance scale of the teacher, 1 for none; default: ours.")
     generator_ema_decay: float = Field(
-        0.98, ge=0, lt=1, description="Of the averaged generator, which is evaluated and exported; default: ours."
+        0.98,
+        ge=0,
+        lt=1,
+        description="EMA decay of the averaged generator, which is evaluated and exported; default: ours.",
     )
     fake_scores: Literal["one", "two"] = Field(
         "one",
@@ -113,7 +121,7 @@ class SurrogateConfig(Settings):
     beta: float = Field(100.0, gt=0, description="default: paper; tied to losses that are means over dimensions.")
     kappa: float = Field(1.0, gt=0, description="Scale of the anchored target; default: ours.")
     measured_groups: int = Field(
-        2, ge=0, description="Fresh groups an iteration on which phi is measured first; default: ours."
+        2, ge=0, description="Fresh groups per iteration on which phi is measured first; default: ours."
     )
     draws: int = Field(
         4, ge=1, description="(k, t, noise) draws, each an update, per rollout; default: ours, docs/notes."
@@ -149,7 +157,7 @@ class SurrogateConfig(Settings):
     def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
         low, high = value
         if not 0 <= low < high <= 1:
-            raise ValueError("give two noise levels, 0 <= low < high <= 1")
+            raise ValueError("must satisfy 0 <= low < high <= 1; use for example 0.3 0.95")
         return value
 
     @model_validator(mode="after")
@@ -234,8 +242,8 @@ def check_tdm_r1(settings: AlgorithmSettings) -> None:
         )
     if s.added_delta and s.weights == "full" and c.model.dtype != "float32":
         raise ValueError(
-            "surrogate.added_delta with surrogate.weights = full adds to a copy of the backbone's weights, where small "
-            f"changes vanish in {c.model.dtype}: set added_delta to 0, or model.dtype to float32"
+            f"surrogate.added_delta = {s.added_delta} with surrogate.weights = full and model.dtype = {c.model.dtype}: "
+            "small changes to a copy of the backbone's weights are lost in that precision; set added_delta to 0"
         )
     if c.tdm.fake_scores == "two" and s.reference == "fake":
         raise ValueError(

@@ -154,7 +154,7 @@ class Surrogate:
         self, rollout: Rollout, advantage: Tensor, noise: torch.Generator, part: RewardPart
     ) -> dict[str, float]:
         """On groups that phi was not trained on yet: how often its implicit reward orders a better and a worse sample
-        rightly (.5 is chance). On a probe that stays the same: the cosine of successive reward directions."""
+        rightly (0.5 is chance). On a probe that stays the same: the cosine of successive reward directions."""
         rows = torch.arange(len(rollout))[: self.config.measured_groups * self.group_size]
         advantage = advantage[rows]
         if not bool(advantage.any()):
@@ -222,7 +222,7 @@ class Probe:
 
 
 def preference_accuracy(implicit: Tensor, advantage: Tensor, group_size: int) -> float:
-    """Share of pairs inside a group with unlike advantages that ``implicit`` orders alike; .5 is chance."""
+    """Share of pairs inside a group with unlike advantages that ``implicit`` orders alike; 0.5 is chance."""
     r, a = implicit.reshape(-1, group_size), advantage.reshape(-1, group_size)
     better = a[:, :, None] > a[:, None, :] + 1e-6
     right = (r[:, :, None] > r[:, None, :]) & better

@@ -28,16 +28,16 @@ from ..tasks.prompt_files import read_prompts
 class Eval:
     """Compares LoRAs and the many-step base on a recipe's prompts, all from the same noise.
 
-    Goes on where it was interrupted: every picture is a file, and so are the scores of every metric; delete the folder
-    `scores` after changing what a reward of your own imports, or what a server serves. Writes results.json, table.md
-    and grid.png.
+    An interrupted evaluation continues where it stopped: images and scores are saved as files. Delete the folder
+    `scores` if you change a module that your reward imports, or a server's reward. Writes results.json, table.md and
+    grid.png.
     """
 
     recipe: Positional[str]
     """A recipe's name, a YAML file or a run's folder: its task, reward and sampler."""
     lora: tuple[str, ...] = ()
-    """LoRAs to evaluate, by folder or hub id, with @0.125 behind one that its publisher loads at such a strength; a
-    mini model's name is its bundled 4-step student, none is no LoRA."""
+    """LoRAs to evaluate, by folder or hub id. Append @0.125 if the publisher loads it at that scale. 'mini' or
+    'mini_signs': the bundled 4-step student. 'none': no LoRA."""
     base_steps: int = 20
     """Euler steps of the guided many-step base, which is evaluated first; 0 leaves it out."""
     guidance: tuple[float, ...] = (3.0,)
@@ -48,9 +48,9 @@ class Eval:
     """Prompts that --metrics are measured on in place of the recipe's, one picture each: the paper's table has those
     of DrawBench. A file, or OWNER/NAME/FILE of a hub's dataset."""
     prompts: int | None = None
-    """Instead of the recipe's number."""
+    """Number of prompts; default: the recipe's."""
     images_per_prompt: int | None = None
-    """Instead of the recipe's number."""
+    """Images per prompt; default: the recipe's."""
     out: Path | None = None
     """The folder; evaluations/NAME if not given."""
     shard: str = "1/1"

@@ -26,12 +26,12 @@ class Sample:
     """A LoRA folder or hub id, such as runs/mini/lora; with @0.125 behind it where its publisher loads it at such a
     strength. With a mini model the default is its bundled 4-step student."""
     model: str | None = None
-    """'mini', 'mini_signs', a hub id or a pipeline folder. This and what follows down to max_sequence_length: as in the
-    run that wrote the LoRA, if its folder still lies there; else 'mini'."""
+    """'mini', 'mini_signs', a hub id or a pipeline folder. Default for this, steps, shift, solver, resolution, t5 and
+    max_sequence_length: those of the run that wrote the LoRA, if its folder exists; otherwise 'mini'."""
     images: int = 4
-    """Pictures a prompt."""
+    """Images per prompt."""
     steps: int | None = None
-    """Forward evaluations a picture; else 4."""
+    """Forward evaluations per image; otherwise 4."""
     shift: float | None = None
     """Shift of the time grid; else 3."""
     solver: Literal["euler", "dpm", "stochastic"] | None = None
@@ -39,15 +39,15 @@ class Sample:
     resolution: int | None = None
     """Side of the pictures in px; else the model's own, though a LoRA may have been trained at another."""
     t5: bool | None = None
-    """SD3: whether T5 reads prompts; else it does."""
+    """SD3: encode prompts with T5 too; default: the run's setting, otherwise on."""
     max_sequence_length: int | None = None
     """T5 tokens; else 256. A mini model uses its own."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the weights; auto is bfloat16 on a GPU, float32 elsewhere."""
+    """Precision of the weights; auto is bfloat16 on a GPU, float32 elsewhere."""
     offload: bool = False
     """Keep text encoders and autoencoder in main memory while they are not used."""
     seed: int = 0
-    """Of the noise."""
+    """Seed of the noise."""
     out: Path = Path("sample.png")
     """A PNG: one picture, or a grid of several."""
 

@@ -35,7 +35,7 @@ def main(args: list[str], *, prog: str = "train") -> int:
     parse = partial(tyro.cli, Train, args=args[1:], prog=f"tdm-r1 {prog} {args[0]}")
     command = parse(default=Train(load_recipe(args[0])))
     if command.start_from is not None and not command.resume:
-        raise UserError(f"--from = {command.start_from}: it goes with --resume")
+        raise UserError(f"--from = {command.start_from}: works only together with --resume; add --resume")
     if command.resume:
         command = _resumed(command, parse)
     if prog == "distill" and command.config.algorithm != "tdm":

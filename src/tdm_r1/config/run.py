@@ -31,7 +31,7 @@ class EvalConfig(Settings):
     every: int = Field(50, ge=0, description="Iterations between evaluations; 0 for the start and the end alone.")
     prompts: int = Field(150, ge=1)
     images_per_prompt: int = Field(4, ge=1, description="default: GenEval.")
-    seed: int = Field(1234, ge=0, description="Of the evaluation's noise; training never uses it.")
+    seed: int = Field(1234, ge=0, description="Seed of the evaluation noise; not used in training.")
     grid_prompts: int = Field(12, ge=0, description="Images in the sample grid.")
     also: tuple[str, ...] = Field(
         (), description="Other tasks whose metrics are reported as task/metric: what training on one does to another."
@@ -56,7 +56,7 @@ class RunConfig(Settings):
     algorithm_settings: dict[str, Any] = Field({}, description="Settings of an algorithm of your own.")
     name: str = Field("run", description="The run's folder inside `output`.")
     output: Path = Path("runs")
-    seed: int = Field(0, ge=0, description="Of prompts, noise and the adapters' start.")
+    seed: int = Field(0, ge=0, description="Seed of prompts, noise and adapter initialisation.")
     iterations: int = Field(100, ge=1)
     save_every: int = Field(25, ge=1, description="Iterations between checkpoints.")
     distill_with: str | None = Field(
@@ -97,7 +97,10 @@ class RunConfig(Settings):
             for parent in parents:
                 place = place.get(parent) if isinstance(place, dict) else None
             if not isinstance(place, dict):
-                raise UserError(f"unknown setting {name} = {value!r}: {'.'.join(parents)} is no group of settings")
+                raise UserError(
+                    f"unknown setting {name} = {value!r}: {'.'.join(parents)} is not a group of settings; see "
+                    "`tdm-r1 train RECIPE --help`"
+                )
             place[last] = value
         return validate(values)
 

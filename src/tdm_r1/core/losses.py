@@ -41,7 +41,7 @@ def denoising(v: Tensor, x_t: Tensor, eps: Tensor, s: Tensor, t: Tensor, *, clam
 def balanced_weight(s: Tensor, t: Tensor, like: Tensor, clamp: float) -> tuple[Tensor, Tensor]:
     """sigma_{t,s}/t, and the weight w(t, s) = 1 / (1 - (sigma_{t,s}/t)^2 + max(1 - t, clamp)^2).
 
-    Near t = s the noise cannot be told from x_t and the residual has variance 1 - ratio^2; with s = 0 it has about
+    Near t = s the noise cannot be inferred from x_t and the residual has variance 1 - ratio^2; with s = 0 it has about
     (1 - t)^2. The weight is the inverse of their sum, so that draws of every (s, t) are about equally loud: with
     1 / (1 - t)^2 alone the draws near t = s drown the others (docs/notes).
     """

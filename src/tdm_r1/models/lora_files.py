@@ -85,8 +85,8 @@ def load_lora(
     saved = read_lora(lora, strength=strength)
     if saved.rank > config.r:
         raise ValueError(
-            f"the LoRA at {str(lora)!r} has rank {saved.rank}, this run's adapters have {config.r}: "
-            f"set model.lora.rank to {saved.rank} or more"
+            f"model.lora.rank = {config.r}: the LoRA at {str(lora)!r} has rank {saved.rank}; set model.lora.rank to "
+            f"{saved.rank} or more"
         )
     own = (1.0 if strength is None else strength) / (config.lora_alpha / config.r)
     scales = {m: own * saved.scale(m) for m in saved.modules}
@@ -173,7 +173,7 @@ def _checked_config(settings: dict[str, Any], path: Path) -> LoraConfig:
             "peft (`path_initial_model_for_weight_conversion`) first"
         )
     if {"r", "lora_alpha"} - settings.keys():
-        raise ValueError(f"{path}: its settings lack r or lora_alpha")
+        raise ValueError(f"{path}: its settings lack r or lora_alpha; save it again with its LoraConfig")
     return LoraConfig(
         init_lora_weights="gaussian", **{k: v for k, v in settings.items() if k in READ and v is not None}
     )
@@ -232,7 +232,7 @@ def lora_file(lora: str | Path) -> Path:
 
 def _from_hub(name: str) -> Path:
     try:
-        return Path(snapshot_download(name, allow_patterns="*.safetensors"))
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "adapter_config.json"]))
     except (HFValidationError, HfHubHTTPError, OSError) as error:
         raise ValueError(
             f"no LoRA at {name!r}: it is no local folder, and the hub does not give it ({type(error).__name__}); "

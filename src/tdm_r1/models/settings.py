@@ -58,9 +58,10 @@ class ModelConfig(Settings):
         True, description="SD3: load T5, by far the largest of its text encoders; without it CLIP alone reads prompts."
     )
     resolution: int | None = Field(None, ge=16, description="Side of the images in px; else the model's own.")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Of the frozen backbone.")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Precision of the frozen backbone.")
     device: str = Field(
-        "auto", description="auto, cpu or cuda; CUDA_VISIBLE_DEVICES says which GPU, to rewards in the process too."
+        "auto",
+        description="auto, cpu or cuda; CUDA_VISIBLE_DEVICES selects the GPU, also for rewards in the same process.",
     )
     roles: Literal["lora", "full"] = Field(
         "lora",
@@ -103,6 +104,6 @@ def check_model(m: ModelConfig) -> None:
             )
     if m.merge and m.dtype != "float32":
         raise ValueError(
-            f"model.merge adds to a copy of the backbone's weights, where small changes vanish in {m.dtype}: set it "
-            "to false, or model.dtype to float32"
+            f"model.merge = True with model.dtype = {m.dtype}: small changes to merged weights are lost in {m.dtype}; "
+            "set model.merge to false"
         )

@@ -81,7 +81,7 @@ def _hps(summary: str, version: str) -> Entry:
 
 BUILT_IN: dict[str, Entry] = {
     "mini": Entry(
-        "Obedience to the mini world's prompts, half strict, half graded, in [0, 1].", "tdm_r1.mini.task:reward", None
+        "Agreement with the mini world's prompts, half strict, half graded, in [0, 1].", "tdm_r1.mini.task:reward", None
     ),
     "ocr": OCR,
     "ocr_line": replace(
@@ -124,14 +124,14 @@ BUILT_IN: dict[str, Entry] = {
         licence="MIT (CLIP)",
     ),
     "aesthetic": Entry(
-        "LAION's aesthetic predictor, about 1 to 10, without the prompt.",
+        "LAION's aesthetic predictor, about 1 to 10; does not use the prompt.",
         f"{HERE}.preference:Aesthetic",
         weights=("openai/clip-vit-large-patch14", "trl-lib/ddpo-aesthetic-predictor:aesthetic-model.pth"),
         blind=True,
         licence="MIT (CLIP); see the head's card",
     ),
     "brisque": Entry(
-        "Minus BRISQUE, about -100 to 0: how natural a photograph looks, without the prompt.",
+        "Minus BRISQUE, about -100 to 0: how natural a photograph looks; does not use the prompt.",
         f"{HERE}.brisque:Brisque",
         extra="brisque",
         modules=("brisque", "cv2"),
@@ -141,7 +141,9 @@ BUILT_IN: dict[str, Entry] = {
     "jpeg_incompressibility": Entry(
         "Size as JPEG of quality 95, in kB (DDPO).", f"{HERE}.jpeg:incompressibility", None, blind=True
     ),
-    "jpeg_compressibility": Entry("The same, negated (DDPO).", f"{HERE}.jpeg:compressibility", None, blind=True),
+    "jpeg_compressibility": Entry(
+        "Minus the size as JPEG of quality 95, in kB (DDPO).", f"{HERE}.jpeg:compressibility", None, blind=True
+    ),
 }
 
 
@@ -181,7 +183,7 @@ def load_reward(name: str) -> Reward:
 
 def _users_own(name: str, file: Path, function: str) -> Reward:
     if not file.is_file():
-        raise ValueError(f"reward = {name!r}: no such file {str(file)!r}")
+        raise ValueError(f"reward = {name!r}: no such file {str(file)!r}; give the path of an existing .py file")
     spec = importlib.util.spec_from_file_location(f"tdm_r1_user_{file.stem}", file)
     if spec is None or spec.loader is None:
         raise ValueError(f"reward = {name!r}: {str(file)!r} cannot be imported")

@@ -69,7 +69,7 @@ def read_prompts(
             raise ValueError(f"{place}: {why}")
         prompts.append(prompt)
     if not prompts:
-        raise ValueError(f"{setting} = {str(path)!r} holds no prompts")
+        raise ValueError(f"{setting} = {str(path)!r} contains no prompts; add at least one")
     return prompts
 
 
@@ -140,7 +140,7 @@ def _of_row(row: dict[str, Any], place: str, path: Path) -> Prompt:
         raise ValueError(f"{path}: expected a column 'prompt', found {', '.join(map(str, row))}")
     text = row.pop(column)
     if not text:
-        raise ValueError(f"{place}: its prompt is empty")
+        raise ValueError(f"{place}: its prompt is empty; fill it or delete the row")
     if None in row:
         raise ValueError(f"{place}: more columns than the header has; quote a prompt that holds a comma")
     return Prompt(text, row)

@@ -44,7 +44,9 @@ def load_state(path: Path) -> Any:
     if _TREE not in metadata:
         raise ValueError(f"{path} is not a tdm-r1 checkpoint: point to a file that a run wrote under checkpoints/")
     if metadata.get(_DIGEST) != _digest(tensors):
-        raise DamagedError(f"{path} is damaged: its contents do not match their checksum")
+        raise DamagedError(
+            f"{path} is damaged: its contents do not match their checksum; resume from another with --from ITERATION"
+        )
     return _unpack(json.loads(metadata[_TREE]), tensors)
 
 

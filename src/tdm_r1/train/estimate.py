@@ -1,7 +1,7 @@
 """What a run will need: GPU memory and arithmetic of one iteration, found without weights, hub or GPU.
 
 The model with one adapter is built on PyTorch's "meta" device, where tensors have shapes and no contents, and each part
-of an iteration is played through once: what is alive at the worst moment is the working memory, what is multiplied is
+of an iteration is traced once: what is alive at the worst moment is the working memory, what is multiplied is
 the arithmetic; the algorithm declares how often each is done, and for which roles. Attention is counted as a fused
 kernel, which keeps no matrix of weights.
 """
@@ -54,7 +54,7 @@ class Estimate:
 
     @property
     def peak(self) -> float:
-        """Bytes at the worst moment, what a GPU's allocator wastes not counted."""
+        """Bytes at the worst moment, without allocator overhead."""
         return sum(self.held.values()) + max(self.working.values())
 
     def seconds(self, gpus: int = 1) -> float:
@@ -110,15 +110,15 @@ def describe(found: Estimate) -> str:
     """The estimate for people."""
     gib = 2**30
     worst = max(found.working, key=found.working.__getitem__)
-    lines = [f"memory of one GPU, about {found.peak / gib:.1f} GiB (allocator's waste not counted):"]
+    lines = [f"memory of one GPU, about {found.peak / gib:.1f} GiB (without allocator overhead):"]
     lines += [f"  {name:<34}{size / gib:8.2f} GiB" for name, size in found.held.items()]
-    lines += [f"  {'at work, worst in: ' + worst:<34}{found.working[worst] / gib:8.2f} GiB"]
+    lines += [f"  {'temporary, largest in: ' + worst:<34}{found.working[worst] / gib:8.2f} GiB"]
     petaflops = sum(found.flops.values()) / 1e15
     shares = ", ".join(f"{part} {100 * f / 1e15 / petaflops:.0f} %" for part, f in found.flops.items())
     lines += [
         f"one iteration: {petaflops:.1f} PFLOP ({shares});",
         f"  at {100 * found.utilisation:.0f} % of an H100's peak {found.seconds():.0f} s on 1 GPU, "
-        f"{found.seconds(8):.0f} s on 8 that share its samples (the trainer drives one so far);",
+        f"{found.seconds(8):.0f} s if 8 GPUs shared the samples (the trainer uses one);",
         "  rewards, text encoders and evaluations not counted",
     ]
     return "\n".join(lines)
@@ -181,7 +181,7 @@ class Play:
 
 
 class _Parts:
-    """Sizes of a model with one adapter, and the parts of an iteration on one micro-batch, each played through once."""
+    """Sizes of a model with one adapter, and the parts of an iteration on one micro-batch, each traced once."""
 
     def __init__(self, backbone: PipelineBackbone, model: ModelConfig, samples: int, *, with_guidance: bool) -> None:
         transformer = backbone.transformer

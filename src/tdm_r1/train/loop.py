@@ -1,4 +1,4 @@
-"""What a training loop needs around it: a progress bar, a calm Ctrl-C, the peak of GPU memory."""
+"""What a training loop needs around it: a progress bar, Ctrl-C handling, the peak of GPU memory."""
 
 from __future__ import annotations
 

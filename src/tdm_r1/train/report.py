@@ -15,7 +15,7 @@ from .trackers import Trackers
 
 
 class Reporter:
-    """Writes what a run has to say after each iteration and each evaluation."""
+    """Writes metrics, images and a summary line after each iteration and each evaluation."""
 
     def __init__(self, config: RunConfig, files: RunFolder, console: Console) -> None:
         self.config, self.files, self.console = config, files, console

@@ -172,7 +172,7 @@ class Run:
             last = self.checkpoints()[-1:]
             kept = f"the last whole one is {last[0]}" if last else "there is none yet"
             return f"No checkpoint could be written ({error}); {kept}. Free some space first."
-        return f"Saved after iteration {self.iteration}; mend it first."
+        return f"Checkpoint saved after iteration {self.iteration}. Fix the error above first."
 
     # -------------------------------------------------------------------------------------- measuring
 
@@ -245,7 +245,9 @@ class Run:
                 return
             except DamagedError as error:
                 self.console.print(f"{error}: trying the one before", style="yellow", markup=False)
-        raise UserError(f"--resume: no checkpoint in {self.folder / 'checkpoints'} can be read; start another run")
+        raise UserError(
+            f"--resume: none of the checkpoints in {self.folder / 'checkpoints'} can be read; start a new run"
+        )
 
     def _load_earlier(self, iteration: int) -> None:
         """Goes back to the checkpoint of an iteration and removes the later ones."""
@@ -280,8 +282,8 @@ class Run:
         names = [str(spec.name) for spec in self.roles.specs]
         if wrong := set(names) ^ state["roles"].keys():
             raise UserError(
-                f"{path} holds the weights of {', '.join(state['roles'])}; these settings differ in {min(wrong)}: "
-                "go on with the settings that the run was started with"
+                f"{path}: its roles ({', '.join(state['roles'])}) do not match these settings (first difference: "
+                f"{min(wrong)}); resume with the settings that the run was started with"
             )
         self.iteration, self.seconds, self.scoring.scored = state["iteration"], state["seconds"], state["scored"]
         for name in names:
