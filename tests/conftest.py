@@ -22,7 +22,8 @@ from tdm_r1.config.run import RunConfig
 from tdm_r1.mini import autoencoder, build, features, pretrain, text
 from tdm_r1.train.run import Run
 
-torch.set_num_threads(2)
+if "OMP_NUM_THREADS" not in os.environ:
+    torch.set_num_threads(2)
 for name in ("TDM_R1_TOKEN", "TDM_R1_MINI", "TDM_R1_MINI_SIGNS", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
     os.environ.pop(name, None)  # what a developer may have set would change what is tested
 for name in [name for name in os.environ if name.lower().endswith("_proxy")]:

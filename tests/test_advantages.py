@@ -78,3 +78,5 @@ def test_extremes_of_a_group():
     order = out.advantage[0, [0, 2, 3, 1]]
     assert bool((order.diff() > 0).all())
     torch.testing.assert_close(group_advantages(r, keep=6).advantage, group_advantages(r).advantage)
+    odd = group_advantages(torch.tensor([[0.0, 0.0, 1.0, 1.0, 2.0, 2.0]]), keep=3)  # ties: the first in the batch
+    assert odd.used.tolist() == [[True, False, False, False, True, True]]

@@ -173,9 +173,11 @@ def test_micro_batches_change_no_gradient(name: str, micro_batch: int):
             assert parts[key] == pytest.approx(value, rel=2e-3, abs=1e-5), key
 
 
-def test_the_preference_gradient_is_that_of_the_printed_loss():
+@pytest.mark.parametrize("trust_region", ["none", "anchor", "clip"])
+def test_the_preference_gradient_is_that_of_the_printed_loss(trust_region: str):
     """Against the loss written out for all groups at once."""
-    config = {"loss": "preference", "beta": 30.0, "reference": "static"}
+    region = {"trust_region": trust_region, "anchor_weight": 0.3, "clip": 0.02}
+    config = {"loss": "preference", "beta": 30.0, "reference": "static"} | region
     one = with_sgd(experiment(TDMR1, TEACHER, batch=SMALL, surrogate=config))
     with torch.no_grad():
         for p in one.roles.parameters(Role.SURROGATE):
@@ -192,18 +194,60 @@ def test_the_preference_gradient_is_that_of_the_printed_loss():
     by_hand.load_state_dict(before)
     draw = surrogate.draw(rollout, torch.Generator().manual_seed(5), 6)
 
-    def loss_of(law) -> Tensor:
-        v = law.velocity(draw.x_t.flatten(1), draw.t).reshape(draw.x_t.shape)
+    def velocity_of(law) -> Tensor:
+        return law.velocity(draw.x_t.flatten(1), draw.t).reshape(draw.x_t.shape)
+
+    def loss_of(v: Tensor) -> Tensor:
         sigma = (draw.t**2 - ((1 - draw.t) / (1 - draw.s)) ** 2 * draw.s**2).sqrt()
         ratio = (sigma / draw.t)[:, None, None, None]
         x_t, t = draw.x_t, draw.t[:, None, None, None]
         weight = 1 / (1 - ratio**2 + (1 - t).clamp_min(0.1) ** 2)
         return (weight * (draw.eps - ratio * (x_t + (1 - t) * v)) ** 2).flatten(1).mean(1)
 
-    terms = (1 - draw.s) * advantage * (loss_of(by_hand.law()) - loss_of(TEACHER).detach())
-    loss = -nn.functional.logsigmoid(-30.0 * terms.reshape(4, 6).mean(1)).mean()
+    v_phi, v_ref = velocity_of(by_hand.law()), velocity_of(TEACHER).detach()
+    change = loss_of(v_phi) - loss_of(v_ref)
+    if trust_region == "clip":  # the better ones count down to -0.02, the worse ones up to 0.02
+        assert 0 < int((change.abs() > 0.02).sum()) < 24
+        change = torch.where(advantage > 0, change.clamp(min=-0.02), change.clamp(max=0.02))
+    sums = ((1 - draw.s) * advantage * change).reshape(4, 6).mean(1)
+    loss = -nn.functional.logsigmoid(-30.0 * sums).mean()
+    distance = (v_phi - v_ref).square().mean()
+    (loss + 0.3 * distance if trust_region == "anchor" else loss).backward()
+    assert metrics["surrogate/loss"] == pytest.approx(float(loss.detach()), rel=1e-4)
+    assert metrics["surrogate/distance_from_reference"] == pytest.approx(float(distance.detach()), rel=1e-4)
+    assert metrics["surrogate/saturation"] == float((30.0 * sums.abs() > 4).float().mean())
+    for name, p in by_hand.named_parameters():
+        torch.testing.assert_close(after[name], before[name] - p.grad, atol=1e-5, rtol=1e-3)
+
+
+def test_the_anchored_gradient_is_that_of_its_loss():
+    """kappa A (eps* - eps_base) is what phi's change regresses onto."""
+    config = {"loss": "anchored", "baseline": "reference", "reference": "static", "kappa": 0.7}
+    one = with_sgd(experiment(TDMR1, TEACHER, batch=SMALL, surrogate=config))
+    with torch.no_grad():
+        for p in one.roles.parameters(Role.SURROGATE):
+            p.add_(0.1)
+    surrogate = one.algorithm.surrogate
+    rollout, advantage = one.algorithm.tdm.roll_out(batch_of(24)), torch.linspace(-1, 1, 24)
+    before = gradients(one, Role.SURROGATE)
+    metrics = surrogate.fit(rollout, advantage, torch.arange(24), torch.Generator().manual_seed(5))
+    after = gradients(one, Role.SURROGATE)
+
+    by_hand = Mixture(TEACHER)
+    by_hand.load_state_dict(before)
+    draw = surrogate.draw(rollout, torch.Generator().manual_seed(5), 6)
+    x_t, t = draw.x_t.flatten(1), draw.t[:, None]
+    v_phi, v_ref = by_hand.law().velocity(x_t, draw.t), TEACHER.velocity(x_t, draw.t)
+    sigma = (draw.t**2 - ((1 - draw.t) / (1 - draw.s)) ** 2 * draw.s**2).sqrt()
+    ratio = (sigma / draw.t)[:, None]
+    weight = 1 / (1 - ratio**2 + (1 - t).clamp_min(0.1) ** 2)
+    residual = draw.eps.flatten(1) - ratio * (x_t + (1 - t) * v_ref)
+    change = ratio * (1 - t) * (v_phi - v_ref)
+    loss = (weight * (change - 0.7 * advantage[:, None] * residual) ** 2).mean()
     loss.backward()
     assert metrics["surrogate/loss"] == pytest.approx(float(loss.detach()), rel=1e-4)
+    distance = float((v_phi - v_ref).detach().square().mean())
+    assert metrics["surrogate/distance_from_reference"] == pytest.approx(distance, rel=1e-4)
     for name, p in by_hand.named_parameters():
         torch.testing.assert_close(after[name], before[name] - p.grad, atol=1e-5, rtol=1e-3)
 
@@ -434,7 +478,7 @@ def test_updates_without_a_finite_gradient_are_skipped_and_five_in_a_row_stop():
     assert p.all()
     for _ in range(4):
         update(math.inf)
-    with pytest.raises(FloatingPointError, match=r"5 updates in a row.*--resume --from ITERATION"):
+    with pytest.raises(FloatingPointError, match=r"5 updates in a row.*earlier checkpoint"):
         update(math.nan)
 
 
@@ -610,8 +654,12 @@ def test_what_an_iteration_costs_is_declared(kind, settings: dict):
         return call
 
     found.roles._velocity_of = counted
-    found.run(1)
+    metrics = found.run(1)[0]
     declared = kind.evaluations(found.config)
+    parts = ["rollout", "fake score", "generator"] + (["surrogate", "diagnostics"] if kind is TDMR1 else [])
+    assert list(declared) == sorted(declared, key=parts.index)
+    assert set(declared) == set(parts)
+    assert all(f"seconds/{phase}" in metrics for phase in ("rollout", "fake", "generator"))
     assert counts[True] == sum(part.trained for part in declared.values())
     assert counts[False] == sum(part.frozen for part in declared.values())
     roles = {name: part.role for name, part in declared.items() if part.role}

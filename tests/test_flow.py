@@ -82,9 +82,14 @@ def test_grid():
         flow.few_step_grid(0, 3.0)
 
 
+def test_timesteps_are_those_of_diffusers():
+    assert flow.timestep(torch.tensor([0.0, 0.25, 1.0])).tolist() == [0, 250, 1000]
+
+
 def test_time_sampling_stays_in_range_and_shifts_towards_noise():
     g = torch.Generator().manual_seed(4)
-    plain, shifted = (flow.logit_normal(20_000, shift=s, generator=g) for s in (1.0, 3.0))
+    plain, shifted = flow.logit_normal(20_000, generator=g), flow.logit_normal(20_000, shift=3.0, generator=g)
+    assert torch.equal(flow.logit_normal(20_000, generator=g.manual_seed(4)), plain)
     assert 0 < shifted.min() < shifted.max() < 1
     assert abs(float(plain.median()) - 0.5) < 0.02
     assert abs(float(shifted.median()) - 0.75) < 0.02

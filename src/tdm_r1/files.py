@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,8 +23,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     try:
         with _told(path):
             yield partial
-            with partial.open("rb+") as file:
-                os.fsync(file.fileno())  # a file that is there by name is there in whole, also after a power cut
+            _sync(partial)
             os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -39,6 +39,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
     try:
         with _told(path):
             yield partial
+            for file in (f for f in partial.rglob("*") if f.is_file()):
+                _sync(file)
             shutil.rmtree(old, ignore_errors=True)
             if path.exists():
                 os.replace(path, old)
@@ -55,7 +57,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _beside(path: Path) -> Path:
-    return path.with_name(f"{path.name}.{os.getpid()}.partial")
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")  # processes may write the same file
+
+
+def _sync(file: Path) -> None:
+    """A file that is there by name is there in whole, also after a power cut."""
+    with file.open("rb+") as opened:
+        os.fsync(opened.fileno())
 
 
 @contextmanager

@@ -47,9 +47,15 @@ class Stopwatch:
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start = self._now()
         yield
-        self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - start
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + self._now() - start
+
+    @staticmethod
+    def _now() -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # else work is counted where the next phase waits for it
+        return time.perf_counter()
 
     def read(self) -> dict[str, float]:
         """``seconds/PHASE`` by name."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,8 +55,6 @@ class Algorithm(ABC):
         empty: the conditioning of the empty prompt, one sample, for guidance.
         settings: the run's.
     """
-
-    uses_reward: ClassVar[bool] = True
 
     def __init__(self, roles: Roles, empty: Conditioning, settings: AlgorithmSettings) -> None:
         self.roles, self.empty, self.settings = roles, empty, settings

@@ -245,6 +245,12 @@ def check_tdm_r1(settings: AlgorithmSettings) -> None:
             f"surrogate.added_delta = {s.added_delta} with surrogate.weights = full and model.dtype = {c.model.dtype}: "
             "small changes to a copy of the backbone's weights are lost in that precision; set added_delta to 0"
         )
+    if s.added_delta and s.weights == "full" and c.model.teacher:
+        raise ValueError(
+            f"surrogate.added_delta = {s.added_delta} with surrogate.weights = full and model.teacher = "
+            f"{c.model.teacher!r}: the change of full weights is added to their own base alone; "
+            "set surrogate.weights to lora, or added_delta to 0"
+        )
     if c.tdm.fake_scores == "two" and s.reference == "fake":
         raise ValueError(
             "surrogate.reference = fake with tdm.fake_scores = two: which of them is not defined; set tdm.fake_scores "

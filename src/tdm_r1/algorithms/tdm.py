@@ -33,7 +33,6 @@ RewardPart = Callable[[Tensor, Tensor, Conditioning], Tensor]
 class TDM(Algorithm):
     """The optimizers of generator and fake scores, and one method for each line of the algorithm."""
 
-    uses_reward = False
     check = staticmethod(check_tdm)
 
     def __init__(self, roles: Roles, empty: Conditioning, settings: AlgorithmSettings) -> None:
@@ -73,11 +72,8 @@ class TDM(Algorithm):
 
     def fit_fake_at(self, points: Points, fake: Role, rollout: Rollout, noise: torch.Generator) -> dict[str, float]:
         """Eq. 1 for the fake score ``fake`` at ``points`` alone."""
-        draw, n, sums = (
-            draw_points(rollout, noise, points=points, noise_range=self.config.noise_range),
-            len(rollout),
-            Sums(),
-        )
+        draw = draw_points(rollout, noise, points=points, noise_range=self.config.noise_range)
+        n, sums = len(rollout), Sums()
         with self.roles.use(fake) as velocity:
             for rows in rollout.micro_batches(self.micro_batch):
                 v = velocity(draw.x_t[rows], draw.t[rows], rollout.conditioning.rows(rows))

@@ -68,7 +68,9 @@ def main(args: list[str]) -> int:
     asked = {name: getattr(command, name) for name in as_trained if getattr(command, name) is not None}
     path = command.model or (command.lora if command.lora in BUNDLED.entries else trained.model.path)
     lora = command.lora or (path if path in BUNDLED.entries else None)
-    model = FewStepModel(path, lora, **(as_trained | asked), dtype=command.dtype, offload=command.offload)
+    family = trained.model.family if path == trained.model.path else None
+    options = as_trained | asked
+    model = FewStepModel(path, lora, **options, family=family, dtype=command.dtype, offload=command.offload)
     images = model([p for p in prompts for _ in range(command.images)], seed=command.seed)
     if len(images) == 1:
         picture = Image.fromarray(images[0])

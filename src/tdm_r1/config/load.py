@@ -65,11 +65,13 @@ def differences(old: RunConfig, new: RunConfig) -> list[tuple[str, Any, Any]]:
 def require_same_run(before: RunConfig, now: RunConfig) -> None:
     """Raises UserError if a resumed run changes what it cannot: which weights its checkpoint holds, or its start."""
     shaping, starting = (fixed_settings(RunConfig, mark) for mark in (SHAPES_CHECKPOINT, STARTS_RUN))
+    lora = now.folder / "lora"
+    start = f" with --model.student-lora {lora}" if lora.is_dir() and now.model.roles == "lora" else ""
     for name, old, new in differences(before, now):
         if name in shaping:
             raise UserError(
                 f"{name} = {new!r}: the run was started with {old!r}, and its checkpoints hold weights for that; leave "
-                f"{name} as it was, or start a new run with --model.student-lora {now.folder / 'lora'}"
+                f"{name} as it was, or start a new run{start}"
             )
         if name in starting and not _same_path(old, new):
             raise UserError(

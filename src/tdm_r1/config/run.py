@@ -18,7 +18,7 @@ from ..models.settings import ModelConfig, check_model
 from ..plugins import Registry
 from ..rewards.settings import ScoringConfig
 from ..settings import SHAPES_CHECKPOINT, STARTS_RUN, Settings
-from ..tasks.registry import TASKS
+from ..tasks.registry import TASKS, WITHOUT_METRICS
 from ..tasks.settings import TaskConfig, check_task
 
 CONFIG_FILE, LOG = "config.yaml", "metrics.jsonl"  # in a run's folder
@@ -42,6 +42,8 @@ class EvalConfig(Settings):
     def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for name in value:
             TASKS.check(name, "evaluation.also")
+            if name in WITHOUT_METRICS:
+                raise ValueError(f"evaluation.also = {name!r}: this task has no metrics of its own; leave it out")
         return value
 
 

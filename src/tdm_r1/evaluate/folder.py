@@ -103,7 +103,7 @@ def _how_made(model: Model) -> dict[str, Any]:
 
 def _what_draws(model: ModelConfig) -> dict[str, Any]:
     """All of a model's settings that its images depend on, with a fingerprint of weights that lie on this machine."""
-    kept = ("path", "teacher", "resolution", "dtype", "t5", "max_sequence_length", "vae_tiling")
+    kept = ("path", "family", "teacher", "resolution", "dtype", "t5", "max_sequence_length", "vae_tiling")
     paths = [resolve_model(model).path, *([model.teacher] if model.teacher else [])]
     return model.model_dump(mode="json", include=set(kept)) | {"weights": [_fingerprint(Path(p)) for p in paths]}
 

@@ -27,6 +27,7 @@ class FewStepModel:
 
     Args:
         path: 'mini', 'mini_signs', a hub id or a pipeline folder.
+        family: see `models.settings.ModelConfig`; by the pipeline's class if None.
         lora: a LoRA folder or hub id, with ``@0.125`` behind it where its publisher loads it at such a strength; a mini
             model's name is its bundled 4-step student; None samples the base itself.
         steps, shift, solver: the few-step grid, and how it is walked: as the LoRA was trained.
@@ -45,6 +46,7 @@ class FewStepModel:
         steps: int = 4,
         shift: float = 3.0,
         solver: Solver = "euler",
+        family: str | None = None,
         max_sequence_length: int = 256,
         t5: bool = True,
         resolution: int | None = None,
@@ -61,6 +63,7 @@ class FewStepModel:
             dtype = "bfloat16" if place.startswith("cuda") and path not in BUNDLED.entries else "float32"
         self.backbone: PipelineBackbone = load_backbone(
             model.path,
+            family=family,
             max_sequence_length=model.max_sequence_length,
             dtype=getattr(torch, dtype),
             device=place,

@@ -74,7 +74,7 @@ class Conditioning:
 
 
 def _cat(tensors: Sequence[Tensor]) -> Tensor:
-    if tensors[0].ndim > 2:
+    if tensors[0].ndim > 1:
         longest = max(t.shape[1] for t in tensors)
         tensors = [F.pad(t, (0, 0) * (t.ndim - 2) + (0, longest - t.shape[1])) for t in tensors]
     return torch.cat(list(tensors))

@@ -13,9 +13,11 @@ order: compare pictures of the converted LoRA with the authors' before relying o
 from __future__ import annotations
 
 import pickle
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -23,8 +25,9 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline, ZImagePip
 from peft import LoraConfig
 from torch import Tensor
 
-from ..files import whole_folder
+from ..files import whole_file
 from .architectures import architectures
+from .lora_files import FILE
 
 RANK, ALPHA = 32, 64  # published, of both
 Sizes = Mapping[str, Mapping[str, Any]]
@@ -96,10 +99,11 @@ def convert_release(checkpoint: Path, out: Path, *, sizes: Sizes | None = None) 
         name: (tensor.detach().float() * (ALPHA / RANK if "lora_B" in name else 1.0)).contiguous()
         for name, tensor in zip(found[release.name], tensors, strict=True)
     }
-    with whole_folder(out) as partial:
+    with TemporaryDirectory() as made, whole_file(out / FILE) as partial:  # other files in ``out`` stay
         release.pipeline.save_lora_weights(
-            partial, transformer_lora_layers=weights, transformer_lora_adapter_metadata=config.to_dict()
+            made, transformer_lora_layers=weights, transformer_lora_adapter_metadata=config.to_dict()
         )
+        shutil.copyfile(Path(made) / FILE, partial)
     return out
 
 

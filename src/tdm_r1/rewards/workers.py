@@ -174,7 +174,9 @@ class Workers:
             try:
                 return task.future.result(timeout=min(patience.left, PROBE_AFTER))
             except TimeoutError:
-                if task.future.done() or not patience.left:
+                if task.future.done():
+                    return task.future.result()  # or its own error
+                if not patience.left:
                     raise
             if probe is not None and probe.done() and not (task.future.running() or task.future.done()):
                 raise TaskLostError

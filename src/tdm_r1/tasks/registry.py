@@ -13,6 +13,7 @@ TASKS = Registry(
         "geneval": "tdm_r1.tasks.geneval:make",
     },
 )
+WITHOUT_METRICS = ("prompts", "geneval")  # they measure nothing beside the reward
 TAKES = {  # which settings beside its name each of them takes
     "mini": ("weights",),
     "mini_signs": (),

@@ -6,12 +6,17 @@ import torch
 
 from ..algorithms.protocol import Algorithm
 from ..algorithms.registry import ALGORITHMS
-from ..config.run import RunConfig
+from ..config.run import TRACKERS, RunConfig
 from ..models.create import create_roles
 from ..models.load import adapter_settings, resolve_model
 from ..models.lora_files import load_lora
 from ..models.pipeline import PipelineBackbone
 from ..models.roles import Roles
+from ..rewards.scorer import Scorer
+from ..rewards.scores import Reward
+from ..tasks.load import load_task
+from ..tasks.protocol import Task
+from ..tasks.settings import TaskConfig
 
 
 def algorithm_of(config: RunConfig) -> type[Algorithm]:
@@ -19,6 +24,22 @@ def algorithm_of(config: RunConfig) -> type[Algorithm]:
     found: type[Algorithm] = ALGORITHMS.load(config.algorithm)
     found.check(config)
     return found
+
+
+def task_and_scorer(config: RunConfig, reward: Reward | None = None) -> tuple[Task, Scorer]:
+    """Task and reward of a run, after everything was checked that can be without the model's weights.
+
+    Raises ValueError or UserError on names, files and settings that do not fit.
+    """
+    algorithm_of(config)
+    for name in config.trackers:
+        TRACKERS.load(name)
+    for name in config.evaluation.also:
+        load_task(TaskConfig(name=name))
+    task = load_task(config.task)
+    scorer = Scorer(config.reward, config.scoring, reward=reward)
+    scorer.check([*task.known, *task.eval_prompts(config.evaluation.prompts)])
+    return task, scorer
 
 
 def build_roles(config: RunConfig, student: PipelineBackbone, teacher: PipelineBackbone | None) -> Roles:
@@ -43,3 +64,6 @@ def load_starts(config: RunConfig, roles: Roles) -> None:
         if lora:
             targets = [spec.name for spec in roles.specs if spec.starts_from == setting]
             load_lora(roles, targets, lora, adapters, strength=strength)
+    for spec in roles.specs:
+        if spec.average:
+            roles.copy(spec.name, spec.average.of)

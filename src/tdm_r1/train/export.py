@@ -14,13 +14,11 @@ from ..models.specification import evaluated
 
 
 def export_roles(folder: Path, config: ModelConfig, backbone: PipelineBackbone, roles: Roles) -> None:
-    """What the roles declare: LoRAs, or, where roles have weights of their own, the evaluated one as a whole
-    transformer."""
-    if config.roles == "full":
-        with whole_folder(folder / "transformer") as partial:
-            roles.transformer(evaluated(roles.specs)).save_pretrained(partial)
-        return
+    """What the roles declare: an adapter as a LoRA, the evaluated role's own weights as a whole transformer."""
     for spec in roles.specs:
-        if spec.exported_as:
+        if spec.weights == "full" and spec.name == evaluated(roles.specs):
+            with whole_folder(folder / "transformer") as partial:
+                roles.transformer(spec.name).save_pretrained(partial)
+        elif spec.weights == "lora" and spec.exported_as:
             with whole_folder(folder / spec.exported_as) as partial:
                 backbone.save_lora(partial, *exported(roles, spec.name, adapter_settings(config)))

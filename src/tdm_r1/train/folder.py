@@ -20,6 +20,7 @@ from ..files import write_text
 
 KEPT_CHECKPOINTS = 3  # the last ones; the best evaluated one is kept beside them
 EXPORTS = ("lora", "transformer")  # what a run writes at its end, or when it is interrupted
+EXPORTED = "exported.json"  # after which iteration
 
 
 class RunFolder:
@@ -97,11 +98,18 @@ class RunFolder:
         return any("eval/reward_missing" in row and row["iteration"] == iteration for row in self.history())
 
     def is_finished(self) -> bool:
-        """Whether the run has come to its end and exported its weights. An interrupted run exports its weights too."""
-        if not any((self.path / made).is_dir() for made in EXPORTS) or not (self.path / CONFIG_FILE).is_file():
+        """Whether the exported weights are those of the run's end: an interrupted run exports its own too."""
+        note = self.path / EXPORTED
+        if not note.is_file() or not (self.path / CONFIG_FILE).is_file():
             return False
-        done = max((int(row["iteration"]) for row in self.history()), default=0)
-        return done >= load_recipe(str(self.path.resolve())).iterations
+        return json.loads(note.read_text())["iteration"] >= load_recipe(str(self.path.resolve())).iterations
+
+    @contextmanager
+    def exporting(self, iteration: int) -> Iterator[None]:
+        """Notes, when the block has ended, after which iteration the weights were exported."""
+        (self.path / EXPORTED).unlink(missing_ok=True)
+        yield
+        write_text(self.path / EXPORTED, json.dumps({"iteration": iteration}))
 
     # -------------------------------------------------------------------------------------- checkpoints
 

@@ -19,11 +19,11 @@ class Reporter:
 
     def __init__(self, config: RunConfig, files: RunFolder, console: Console) -> None:
         self.config, self.files, self.console = config, files, console
-        self.trackers = Trackers(config)
+        self.trackers = Trackers(config, console)
 
     def log(self, counts: Mapping[str, float], metrics: Mapping[str, float]) -> None:
         """One row of the log; ``counts`` are ``iteration``, ``seconds`` and ``scored``."""
-        self.files.log(dict(counts) | {k: round(v, 6) for k, v in metrics.items()})
+        self.files.log(dict(counts) | {k: _rounded(v) for k, v in metrics.items()})
         self.trackers.log(int(counts["iteration"]), metrics)
 
     def evaluation(self, counts: Mapping[str, float], result: Evaluation) -> None:
@@ -46,3 +46,8 @@ class Reporter:
             path = self.files.path / "grids" / f"iteration_{iteration:06d}.png"
             pictures.save_png(picture, path)
             self.trackers.image(iteration, "samples", path)
+
+
+def _rounded(value: float) -> float:
+    """To six decimals; small numbers, such as learning rates, to four digits."""
+    return round(value, 6) if abs(value) >= 1e-3 else float(f"{value:.4g}")

@@ -21,11 +21,10 @@ from ..models.embedder import Embedder
 from ..models.load import load_backbones
 from ..models.specification import evaluated
 from ..rewards.registry import named
-from ..rewards.scorer import Scorer
 from ..rewards.scores import Reward
 from ..tasks.load import load_task
 from ..tasks.settings import TaskConfig
-from .build import algorithm_of, build_roles, load_starts
+from .build import algorithm_of, build_roles, load_starts, task_and_scorer
 from .checkpoint import DamagedError, load_state, save_state
 from .export import export_roles
 from .folder import RunFolder, listed
@@ -52,16 +51,13 @@ class Run:
         self.folder = config.folder
         self.files = RunFolder(config.folder)
         self.by_function = reward is not None
-        self.task = load_task(config.task)
-        self.scorer = Scorer(config.reward, config.scoring, reward=reward)
-        self.scorer.check([*self.task.known, *self.task.eval_prompts(config.evaluation.prompts)])
-        kind = algorithm_of(config)
+        self.task, self.scorer = task_and_scorer(config, reward)
         self.reporter = Reporter(config, self.files, self.console)
         self.backbone, teacher = load_backbones(config.model)
         self.roles = build_roles(config, self.backbone, teacher)
         load_starts(config, self.roles)
         self.embed = Embedder(self.backbone)
-        self.algorithm = kind(self.roles, self.embed([""]), config)
+        self.algorithm = algorithm_of(config)(self.roles, self.embed([""]), config)
         b = config.batch
         self.scoring = LatentScorer(
             self.backbone, self.scorer, micro_batch=b.micro_batch, group=b.group, console=self.console
@@ -112,13 +108,16 @@ class Run:
             self.save()
             if self.iteration < self.config.iterations:
                 self.console.print(f"Stopped after iteration {self.iteration}, saved. {self._going_on()}", markup=False)
-            self.export(self.folder)
+            with self.files.exporting(self.iteration):
+                self.export(self.folder)
         return last
 
-    def _going_on(self) -> str:
+    def _going_on(self, *, earlier: bool = False) -> str:
+        """How to resume; ``earlier``: from a checkpoint that one chooses."""
         if self.by_function:
-            return f"Go on with: Run(load_recipe({str(self.folder)!r}), reward=...).fit(resume=True)"
-        return f"Go on with: tdm-r1 train {self.folder} --resume"
+            more = ", start_from=ITERATION" if earlier else ""
+            return f"Go on with: Run(load_recipe({str(self.folder)!r}), reward=...).fit(resume=True{more})"
+        return f"Go on with: tdm-r1 train {self.folder} --resume" + (" --from ITERATION" if earlier else "")
 
     def _due(self) -> bool:
         """Whether the model as it is needs an evaluation that the log does not have yet: at the start, every so often,
@@ -159,7 +158,7 @@ class Run:
             if not self.checkpoints():
                 raise
             raise UserError(
-                f"{error}. {self._going_on()} --from ITERATION; there are checkpoints of {listed(self.checkpoints())}"
+                f"{error}. {self._going_on(earlier=True)}; there are checkpoints of {listed(self.checkpoints())}"
             ) from error
         finally:
             self.scorer.close()

@@ -8,8 +8,7 @@ from ..config.load import load_recipe, require_same_run
 from ..config.run import RunConfig
 from ..errors import UserError
 from ..evaluate.evaluation import Evaluation
-from ..rewards.scorer import Scorer
-from ..tasks.load import load_task
+from .build import task_and_scorer
 from .folder import RunFolder
 from .run import Run
 
@@ -49,8 +48,7 @@ def with_student(config: RunConfig, console: Console | None = None) -> RunConfig
     recipe = distillation(config)
     folder = recipe.folder
     if not RunFolder(folder).is_finished():
-        load_task(config.task)  # faults of the run itself are reported now, not after a distillation
-        Scorer(config.reward, config.scoring).close()
+        task_and_scorer(config)[1].close()  # faults of the run itself are reported now, not after a distillation
         run = Run(recipe, console=console)
         run.fit(resume=bool(run.checkpoints()))
         if run.iteration < recipe.iterations:

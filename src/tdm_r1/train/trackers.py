@@ -6,9 +6,11 @@ A tracker is a class of two methods, made with the run's settings. Name it in ``
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
+
+from rich.console import Console
 
 from ..config.run import TRACKERS, RunConfig
 
@@ -24,16 +26,27 @@ class Tracker(Protocol):
 
 
 class Trackers:
-    """All trackers of a run."""
+    """All trackers of a run. One that raises costs its own record, not the run; its error is shown once."""
 
-    def __init__(self, config: RunConfig) -> None:
-        self._trackers: list[Tracker] = [TRACKERS.load(name)(config) for name in config.trackers]
+    def __init__(self, config: RunConfig, console: Console) -> None:
+        self._trackers: dict[str, Tracker] = {name: TRACKERS.load(name)(config) for name in config.trackers}
+        self._console = console
+        self._failed: set[str] = set()
 
     def log(self, iteration: int, metrics: Mapping[str, float]) -> None:
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
-        for tracker in self._trackers:
-            tracker.log(iteration, finite)
+        self._each(lambda tracker: tracker.log(iteration, finite))
 
     def image(self, iteration: int, name: str, path: Path) -> None:
-        for tracker in self._trackers:
-            tracker.image(iteration, name, path)
+        self._each(lambda tracker: tracker.image(iteration, name, path))
+
+    def _each(self, call: Callable[[Tracker], None]) -> None:
+        for name, tracker in self._trackers.items():
+            try:
+                call(tracker)
+            except Exception as error:  # foreign code, often over a network
+                if name not in self._failed:
+                    self._console.print(
+                        f"tracker {name}: {type(error).__name__}: {error}", style="yellow", markup=False
+                    )
+                self._failed.add(name)
