@@ -197,8 +197,9 @@ class _Parts:
         self.inputs = self._inputs(samples)
         self.prompt_bytes = sum(_bytes(t) for t in self.inputs[2].tensors.values()) // samples
         self.latent_bytes = _bytes(self.inputs[0][:1])
-        self.sample = play(lambda: self._sample(self.inputs))
-        self.guided = play(lambda: self._sample(self._inputs(2 * samples))) if with_guidance else self.sample
+        passes = 1 + with_guidance  # guided, every sample is there twice; traced once, since both grow with the samples
+        self.guided = play(lambda: self._sample(self._inputs(passes * samples)))
+        self.sample = Play(self.guided.peak / passes, 0, self.guided.flops / passes)
         self.train = self._training(self.roles)
         self.decode = play(self._decode)
 
