@@ -14,7 +14,7 @@ from mixture_world import TEACHER, Experiment, Mixture, experiment, reward
 from tdm_r1.algorithms.metrics import Stopwatch, Sums, mean_of_each
 from tdm_r1.algorithms.optimizer import Optimizer
 from tdm_r1.algorithms.protocol import Batch
-from tdm_r1.algorithms.rollout import Rollout, draw_points, draw_times, roll_out
+from tdm_r1.algorithms.rollout import Draw, Rollout, draw_points, draw_times, roll_out
 from tdm_r1.algorithms.settings import BalanceConfig, OptimizerConfig
 from tdm_r1.algorithms.surrogate import Probe, preference_accuracy, whole_groups
 from tdm_r1.algorithms.tdm import TDM
@@ -173,26 +173,29 @@ def test_micro_batches_change_no_gradient(name: str, micro_batch: int):
             assert parts[key] == pytest.approx(value, rel=2e-3, abs=1e-5), key
 
 
+def fitted(surrogate: dict, advantage: Tensor) -> tuple[Mixture, Draw, dict[str, float], dict[str, Tensor]]:
+    """Phi, away from its reference, before one step along its gradient; the draw; the metrics; and phi after it."""
+    one = with_sgd(experiment(TDMR1, TEACHER, batch=SMALL, surrogate=surrogate))
+    with torch.no_grad():
+        for p in one.roles.parameters(Role.SURROGATE):
+            p.add_(0.1)
+    before = Mixture(TEACHER)
+    before.load_state_dict(gradients(one, Role.SURROGATE))
+    phi, rollout = one.algorithm.surrogate, one.algorithm.tdm.roll_out(batch_of(24))
+    metrics = phi.fit(rollout, advantage, torch.arange(24), torch.Generator().manual_seed(5))
+    draw = phi.draw(rollout, torch.Generator().manual_seed(5), 6)
+    return before, draw, metrics, gradients(one, Role.SURROGATE)
+
+
 @pytest.mark.parametrize("trust_region", ["none", "anchor", "clip"])
 def test_the_preference_gradient_is_that_of_the_printed_loss(trust_region: str):
     """Against the loss written out for all groups at once."""
     region = {"trust_region": trust_region, "anchor_weight": 0.3, "clip": 0.02}
     config = {"loss": "preference", "beta": 30.0, "reference": "static"} | region
-    one = with_sgd(experiment(TDMR1, TEACHER, batch=SMALL, surrogate=config))
-    with torch.no_grad():
-        for p in one.roles.parameters(Role.SURROGATE):
-            p.add_(0.1)
-    surrogate = one.algorithm.surrogate
-    rollout = one.algorithm.tdm.roll_out(batch_of(24))
     advantage = torch.randn(4, 6, generator=torch.Generator().manual_seed(3))
     advantage = (advantage - advantage.mean(1, keepdim=True)).flatten()
-    before = gradients(one, Role.SURROGATE)
-    metrics = surrogate.fit(rollout, advantage, torch.arange(24), torch.Generator().manual_seed(5))
-    after = gradients(one, Role.SURROGATE)
-
-    by_hand = Mixture(TEACHER)
-    by_hand.load_state_dict(before)
-    draw = surrogate.draw(rollout, torch.Generator().manual_seed(5), 6)
+    by_hand, draw, metrics, after = fitted(config, advantage)
+    before = by_hand.state_dict()
 
     def velocity_of(law) -> Tensor:
         return law.velocity(draw.x_t.flatten(1), draw.t).reshape(draw.x_t.shape)
@@ -223,19 +226,9 @@ def test_the_preference_gradient_is_that_of_the_printed_loss(trust_region: str):
 def test_the_anchored_gradient_is_that_of_its_loss():
     """kappa A (eps* - eps_base) is what phi's change regresses onto."""
     config = {"loss": "anchored", "baseline": "reference", "reference": "static", "kappa": 0.7}
-    one = with_sgd(experiment(TDMR1, TEACHER, batch=SMALL, surrogate=config))
-    with torch.no_grad():
-        for p in one.roles.parameters(Role.SURROGATE):
-            p.add_(0.1)
-    surrogate = one.algorithm.surrogate
-    rollout, advantage = one.algorithm.tdm.roll_out(batch_of(24)), torch.linspace(-1, 1, 24)
-    before = gradients(one, Role.SURROGATE)
-    metrics = surrogate.fit(rollout, advantage, torch.arange(24), torch.Generator().manual_seed(5))
-    after = gradients(one, Role.SURROGATE)
-
-    by_hand = Mixture(TEACHER)
-    by_hand.load_state_dict(before)
-    draw = surrogate.draw(rollout, torch.Generator().manual_seed(5), 6)
+    advantage = torch.linspace(-1, 1, 24)
+    by_hand, draw, metrics, after = fitted(config, advantage)
+    before = by_hand.state_dict()
     x_t, t = draw.x_t.flatten(1), draw.t[:, None]
     v_phi, v_ref = by_hand.law().velocity(x_t, draw.t), TEACHER.velocity(x_t, draw.t)
     sigma = (draw.t**2 - ((1 - draw.t) / (1 - draw.s)) ** 2 * draw.s**2).sqrt()
