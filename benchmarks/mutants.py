@@ -1,8 +1,9 @@
 """Mutation testing: changes of the code that no fast test notices.
 
 Run: ``make mutants`` (mutmut changes `core/` and `algorithms/`, one expression at a time, and runs the fast tests that
-touch the function; an hour or less on two cores). Writes docs/results/mutants.json and .md. Without ``--run`` it reads
-what an earlier run left in `mutants/`. ``benchmarks/mutants.yaml`` has the reason for each survivor that was read.
+touch the function; about two hours on two cores, and it goes on where it was stopped). Writes
+docs/results/mutants.json and .md. Without ``--run`` it reads what an earlier run left in `mutants/`.
+``benchmarks/mutants.yaml`` has the reason for each survivor that was read.
 """
 
 from __future__ import annotations
@@ -39,14 +40,15 @@ def main() -> None:
         function, change = key.rpartition("__mutmut_")[0], change_of(key)
         survivors.append({"function": function, "change": change, "why": reasons.get((function, change), "")})
     result = {
-        "mutants": len(checked),
+        "mutants": len(found),
+        "checked": len(checked),
         "caught": len(caught),
         "by_file": {file: list(count) for file, count in by_file(checked, set(caught)).items()},
         "survivors": survivors,
     }
     args.out.write_text(json.dumps(result, indent=1))
     args.out.with_suffix(".md").write_text(page(result))
-    print(f"{len(caught)} of {len(checked)} caught ({100 * len(caught) / len(checked):.1f} %)")
+    print(f"{len(caught)} of {len(checked)} tried were caught ({100 * len(caught) / len(checked):.1f} %)")
 
 
 def by_file(checked: dict[str, int], caught: set[str]) -> dict[str, tuple[int, int]]:
@@ -65,14 +67,15 @@ def change_of(key: str) -> str:
 
 
 def page(result: dict) -> str:
-    share = 100 * result["caught"] / result["mutants"]
+    share = 100 * result["caught"] / result["checked"]
     unread = sum(not s["why"] for s in result["survivors"])
     lines = [
         "# Mutation testing",
         "",
-        f"Written by `make mutants`: {result['caught']} of {result['mutants']} changes of `core/` and `algorithms/`",
-        f"were caught by the fast tests ({share:.1f} %). {len(result['survivors'])} survived; {unread} of these have",
-        "no reason written down.",
+        f"Written by `make mutants`: mutmut finds {result['mutants']} changes of `core/` and `algorithms/`, of which",
+        f"{result['checked']} were tried. The fast tests caught {result['caught']} of these ({share:.1f} %). "
+        f"{len(result['survivors'])} survived; {unread} have no",
+        "reason written down.",
         "",
         "| module | caught | changes |",
         "|---|---|---|",
