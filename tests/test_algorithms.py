@@ -653,7 +653,7 @@ def test_what_an_iteration_costs_is_declared(kind, settings: dict):
     parts = ["rollout", "fake score", "generator"] + (["surrogate", "diagnostics"] if kind is TDMR1 else [])
     assert list(declared) == sorted(declared, key=parts.index)
     assert set(declared) == set(parts)
-    phases = {"rollout", "fake", "generator"} | ({"surrogate"} if kind is TDMR1 else set())
+    phases = {"rollout", "fake", "generator"} | ({"score", "surrogate"} if kind is TDMR1 else set())
     assert phases <= {name.removeprefix("seconds/") for name in metrics}
     assert counts[True] == sum(part.trained for part in declared.values())
     assert counts[False] == sum(part.frozen for part in declared.values())
