@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tdm_r1.algorithms.protocol import Algorithm, Batch
 from tdm_r1.algorithms.tdm import TDM
+from tdm_r1.algorithms.tdm_r1 import TDMR1
 from tdm_r1.config.run import RunConfig, validate
 from tdm_r1.core.toy import GaussianMixture
 from tdm_r1.models.create import create_roles
@@ -24,6 +25,7 @@ from tdm_r1.models.specification import Role
 
 TEACHER = GaussianMixture(torch.tensor([0.4, 0.6]), torch.tensor([[0.6, -0.4], [-0.4, 0.6]]), torch.tensor([0.5, 0.6]))
 TARGET = torch.tensor([1.0, 1.0])
+SMALL = {"prompts": 4, "group": 6, "micro_batch": 24}
 
 
 class Mixture(nn.Module):
@@ -128,3 +130,29 @@ def experiment(kind: type[Algorithm], start: GaussianMixture, **settings: dict) 
     for role in (Role.GENERATOR, Role.GENERATOR_EMA):
         roles.load(role, theta)
     return Experiment(kind(roles, Conditioning.of(embeds=torch.zeros(1, 1)), config), roles, config)
+
+
+def conditioning(n: int) -> Conditioning:
+    return Conditioning.of(embeds=torch.zeros(1, 1)).expand(n)
+
+
+def batch_of(n: int, group: int = 1, seed: int = 0) -> Batch:
+    noise = torch.Generator().manual_seed(seed)
+    return Batch(conditioning(n), torch.randn(n, 2, 1, 1, generator=noise), group, noise, reward)
+
+
+def gradients(found: Experiment, role: Role) -> dict[str, Tensor]:
+    """What one update would be, with SGD of rate 1 in place of AdamW."""
+    return {n: p.detach().clone() for n, p in found.roles.weights(role).items()}
+
+
+def with_sgd(found: Experiment) -> Experiment:
+    algorithm = found.algorithm
+    optimizers = [*(algorithm.tdm if isinstance(algorithm, TDMR1) else algorithm).optimizers.values()]
+    if isinstance(algorithm, TDMR1):
+        optimizers.append(algorithm.surrogate.optimizer)
+    for optimizer in optimizers:
+        optimizer.config = optimizer.config.model_copy(update={"max_grad_norm": 1e9})
+        optimizer.adamw = torch.optim.SGD(optimizer.parameters, lr=1.0)
+        optimizer.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer.adamw, lambda done: 1.0)
+    return found
