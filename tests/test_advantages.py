@@ -57,6 +57,14 @@ def test_group_with_too_few_scores_is_skipped():
     out = group_advantages(torch.tensor([[1.0, math.nan, math.nan], [math.nan] * 3]))
     assert out.skipped_groups == 2
     assert bool(out.advantage.isfinite().all())
+    two_and_one = group_advantages(torch.tensor([[1.0, 2.0, math.nan], [1.0, math.nan, math.nan]]))
+    assert two_and_one.used.tolist() == [[True, True, False], [False] * 3]
+    assert two_and_one.skipped_groups == 1
+
+
+def test_rounding_is_that_of_the_group_not_of_the_batch():
+    out = group_advantages(torch.tensor([[1e9, 1e9 + 1e6], [0.0, 0.5]], dtype=torch.float64))
+    assert out.used.all()
 
 
 def test_shift_and_scale_of_the_reward_change_nothing():

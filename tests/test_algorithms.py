@@ -10,16 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixture_world import (
-    SMALL,
-    TEACHER,
-    Experiment,
-    batch_of,
-    conditioning,
-    experiment,
-    gradients,
-    reward,
-)
+from mixture_world import SMALL, TEACHER, Experiment, batch_of, conditioning, experiment, gradients, reward
 from tdm_r1.algorithms.metrics import Stopwatch, Sums, mean_of_each
 from tdm_r1.algorithms.protocol import Batch
 from tdm_r1.algorithms.settings import BalanceConfig
@@ -252,6 +243,8 @@ def test_what_an_iteration_costs_is_declared(kind, settings: dict):
     parts = ["rollout", "fake score", "generator"] + (["surrogate", "diagnostics"] if kind is TDMR1 else [])
     assert list(declared) == sorted(declared, key=parts.index)
     assert set(declared) == set(parts)
+    if kind is TDMR1:
+        assert metrics["generator/reward_scale"] == found.algorithm.balance.scale
     phases = {"rollout", "fake", "generator"} | ({"score", "surrogate"} if kind is TDMR1 else set())
     assert phases <= {name.removeprefix("seconds/") for name in metrics}
     assert counts[True] == sum(part.trained for part in declared.values())

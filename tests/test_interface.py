@@ -61,6 +61,11 @@ def test_recipes_resolve_and_round_trip(name: str, tmp_path: Path):
             {"model": {"dtype": "bfloat16"}, "surrogate": {"weights": "full", "added_delta": 1.0}},
             r"^surrogate\.added_delta = 1\.0 with surrogate\.weights = full and model\.dtype = bfloat16",
         ),
+        (
+            {"model": {"teacher": "other/base"}, "surrogate": {"weights": "full", "added_delta": 1.0}},
+            r"^surrogate\.added_delta = 1\.0 with surrogate\.weights = full and model\.teacher = 'other/base'",
+        ),
+        ({"evaluation": {"also": ["geneval"]}}, r"evaluation\.also = 'geneval': this task has no metrics"),
         ({"model": {"dtype": "float16"}}, r"model\.dtype = 'float16': .*'float32' or 'bfloat16'"),
         ({"iterations": 0}, "iterations = 0: .*greater than or equal to 1"),
         ({"batch": {"group": 1}}, r"batch\.group = 1: TDM-R1 compares samples"),

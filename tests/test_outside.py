@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from outside.components import Negative
+from outside.components import Lines, Negative
 from tdm_r1 import cli
 from tdm_r1.config.load import load_recipe
 from tdm_r1.config.run import RunConfig, dump, validate
@@ -67,6 +67,18 @@ def test_the_command_line_takes_them_too(config: RunConfig, tmp_path: Path, caps
     assert "no estimate" in capsys.readouterr().out
     assert cli.main(["train", str(tmp_path / "mine.yaml")]) == 0
     assert (tmp_path / "mine" / "lora").is_dir()
+
+
+def test_a_tracker_that_raises_costs_its_own_record_alone(config: RunConfig, monkeypatch, capsys):
+    def broken(self, iteration: int, metrics: dict) -> None:
+        raise ConnectionError("the server is gone")
+
+    monkeypatch.setattr(Lines, "log", broken)
+    run = Run(config.override({"iterations": 1}))
+    assert run.fit() is not None
+    assert (run.folder / "lora").is_dir()
+    shown = " ".join(capsys.readouterr().out.split())
+    assert shown.count("tracker outside.components:Lines: ConnectionError: the server is gone") == 1
 
 
 def test_a_reward_of_a_package_is_a_function_or_a_class():

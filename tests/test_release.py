@@ -47,7 +47,10 @@ def trained(of: release.Release, sizes: Mapping[str, Mapping[str, Any]]) -> tupl
 def test_the_list_becomes_a_lora_that_diffusers_loads(of: release.Release, wrap, sizes, tmp_path: Path):
     transformer, tensors = trained(of, sizes)
     torch.save(wrap(tensors), tmp_path / "ema.ckpt")
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "notes.txt").write_text("mine")
     out = release.convert_release(tmp_path / "ema.ckpt", tmp_path / "lora", sizes=sizes)
+    assert (out / "notes.txt").read_text() == "mine"
     settings = read_lora(out).config
     assert (settings.r, settings.lora_alpha) == (32, 32)  # the scale of 2 is in the weights
     plain = of.transformer(**sizes[of.architecture])

@@ -7,11 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
-from mixture_world import (
-    TEACHER,
-    conditioning,
-    experiment,
-)
+from mixture_world import TEACHER, conditioning, experiment
 from tdm_r1.algorithms.rollout import Rollout, draw_points, draw_times, roll_out
 from tdm_r1.algorithms.tdm import TDM
 from tdm_r1.core import flow

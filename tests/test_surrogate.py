@@ -8,20 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mixture_world import (
-    SMALL,
-    TEACHER,
-    Mixture,
-    batch_of,
-    conditioning,
-    experiment,
-    gradients,
-    with_sgd,
-)
+from mixture_world import SMALL, TEACHER, Mixture, batch_of, conditioning, experiment, gradients, with_sgd
 from tdm_r1.algorithms.rollout import Draw
 from tdm_r1.algorithms.surrogate import Probe, preference_accuracy, whole_groups
 from tdm_r1.algorithms.tdm_r1 import TDMR1
-from tdm_r1.core import flow
+from tdm_r1.core import flow, losses
 from tdm_r1.models.protocol import Conditioning
 from tdm_r1.models.specification import Role
 
@@ -196,6 +187,41 @@ def test_the_baseline_of_the_preference_loss_is_its_reference():
         v_ref = found.algorithm.surrogate.reference_velocity(x_t, t, conditioning(3))
         v_base = found.algorithm.surrogate.baseline_velocity(x_t, t, conditioning(3), index, v_ref)
         assert (not torch.equal(v_base, v_ref)) == is_fake
+
+
+@pytest.mark.parametrize("shared_noise", [True, False])
+def test_the_surrogate_draws_at_its_noise_levels_one_for_each_group_or_sample(shared_noise: bool):
+    config = {"shared_noise": shared_noise, "time_range": (0.4, 0.6), "points": "final"}
+    found = experiment(TDMR1, TEACHER, batch=SMALL, surrogate=config)
+    surrogate, drawn = found.algorithm.surrogate, []
+    draw = surrogate.draw
+    surrogate.draw = lambda *args: drawn.append(draw(*args)) or drawn[-1]
+    rollout = found.algorithm.tdm.roll_out(batch_of(24))
+    surrogate.fit(rollout, torch.linspace(-1, 1, 24), torch.arange(24), torch.Generator().manual_seed(0))
+    (t,) = (d.t for d in drawn)
+    assert ((t > 0.4) & (t < 0.6)).all()
+    assert len(t.unique()) == (4 if shared_noise else 24)
+
+
+@pytest.mark.parametrize("baseline", ["reference", "fake"])
+def test_the_implicit_reward_is_how_much_better_phi_explains_a_sample(baseline: str):
+    """l(base) - l(base + phi - ref), with what the targets start from as base."""
+    found = experiment(TDMR1, TEACHER, surrogate={"loss": "anchored", "baseline": baseline, "reference": "static"})
+    with torch.no_grad():
+        for role, change in ((Role.SURROGATE_EMA, 0.1), (Role.FAKE, -0.2)):
+            for p in found.roles.parameters(role):
+                p.add_(change)
+    surrogate, rollout = found.algorithm.surrogate, found.algorithm.tdm.roll_out(batch_of(5))
+    draw = surrogate.draw(rollout, torch.Generator().manual_seed(0), 1)
+
+    def velocity_of(role: Role) -> Tensor:
+        with torch.no_grad(), found.roles.use(role) as velocity:
+            return velocity(draw.x_t, draw.t, conditioning(5))
+
+    phi, ref = velocity_of(Role.SURROGATE_EMA), velocity_of(Role.TEACHER)
+    base = ref if baseline == "reference" else velocity_of(Role.FAKE)
+    l_base, l_phi = (losses.denoising(v, draw.x_t, draw.eps, draw.s, draw.t) for v in (base, base + phi - ref))
+    torch.testing.assert_close(surrogate._implicit_reward(rollout, draw, torch.arange(5)), l_base - l_phi)
 
 
 def test_groups_are_packed_whole():
