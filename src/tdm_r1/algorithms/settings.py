@@ -48,7 +48,7 @@ class BatchConfig(Settings):
 class OptimizerConfig(Settings):
     """AdamW of one role."""
 
-    learning_rate: float = Field(1e-4, gt=0)
+    learning_rate: float = Field(1e-4, gt=0, description="default: ours, one for each role.")
     betas: tuple[float, float] = Field((0.0, 0.95), description="default: TDM (PixArt).")
     weight_decay: float = Field(0.0, ge=0, description="default: ours.")
     max_grad_norm: float = Field(1.0, gt=0, description="default: ours.")
@@ -102,13 +102,15 @@ class SurrogateConfig(Settings):
         "anchored", description="anchored: a convex regression, ours. preference: Eq. 9 and 18 of the paper."
     )
     reference: Literal["dynamic", "static", "fake"] = Field(
-        "static", description="dynamic: average of phi (paper). static: phi's start. fake: the fake score."
+        "static", description="dynamic: average of phi (paper). static: phi's start, ours. fake: the fake score."
     )
     baseline: Literal["reference", "fake"] = Field(
         "fake", description="What the anchored target is measured from; fake makes it exact; default: ours, docs/notes."
     )
     trust_region: Literal["none", "clip", "anchor"] = Field(
-        "none", description="Of the preference loss: clip of the log-ratio, or a quadratic anchor to the reference."
+        "none",
+        description="Of the preference loss: none (paper), a clip of the log-ratio, or a quadratic anchor to the "
+        "reference (both ours).",
     )
     clip: float = Field(
         1e-3,
@@ -179,7 +181,8 @@ class BalanceConfig(Settings):
     """The weight of the reward's part of the generator's direction against the KL part."""
 
     policy: Literal["fixed", "ratio"] = Field(
-        "fixed", description="fixed: a guidance scale. ratio: a slow, bounded controller towards reward:KL = ratio."
+        "fixed",
+        description="fixed: a guidance scale, ours. ratio: a slow, bounded controller towards reward:KL = ratio.",
     )
     scale: float = Field(
         4.0, ge=0, description="The guidance scale, and the controller's start; default: ours, docs/notes."

@@ -65,8 +65,8 @@ def dpm_step(x0: Tensor, x0_last: Tensor, x_t: Tensor, t_last: Tensor, t: Tensor
     """DPM-Solver++ 2M (arXiv 2211.01095, algorithm 2) on flow sigmas: alpha = 1 - t, sigma = t.
 
     With lambda = log(alpha/sigma), h = lambda_s - lambda_t and h_last likewise, the clean prediction is extrapolated
-    to D = x0 + h/(2 h_last) (x0 - x0_last). The first step (t_last = t), the
-    one after t_last = 1 (where lambda is infinite) and the one to s = 0 are of first order.
+    to D = x0 + h/(2 h_last) (x0 - x0_last). The first step (t_last = t), the one after t_last = 1 (where lambda is
+    infinite) and the one to s = 0 are of first order.
     """
     t_last, t, s = (flow.expand(u, x_t) for u in (t_last, t, s))
     first_order = (t_last >= 1) | (t_last <= t) | (s <= 0)
