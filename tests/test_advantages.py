@@ -60,6 +60,8 @@ def test_group_with_too_few_scores_is_skipped():
     two_and_one = group_advantages(torch.tensor([[1.0, 2.0, math.nan], [1.0, math.nan, math.nan]]))
     assert two_and_one.used.tolist() == [[True, True, False], [False] * 3]
     assert two_and_one.skipped_groups == 1
+    three_and_two = group_advantages(torch.tensor([[1.0, 2.0, 3.0], [1.0, 2.0, math.nan]]), min_valid=3)
+    assert three_and_two.used.tolist() == [[True] * 3, [False] * 3]
 
 
 def test_rounding_is_that_of_the_group_not_of_the_batch():
