@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
@@ -76,10 +77,8 @@ def test_an_optimizer_goes_on_with_its_own_settings():
     assert second.adamw.state[q]["exp_avg"].any()
 
 
-def test_eight_bits_need_bitsandbytes():
-    pytest.importorskip("torch")
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError:
-        with pytest.raises(UserError, match=r"pip install 'tdm-r1\[eight-bit\]'"):
-            optimizer(eight_bit=True)
+def test_eight_bits_need_bitsandbytes(monkeypatch: pytest.MonkeyPatch):
+    for module in ("bitsandbytes", "bitsandbytes.optim"):
+        monkeypatch.setitem(sys.modules, module, None)  # as where it is not installed
+    with pytest.raises(UserError, match=r"^eight_bit = True needs .*pip install 'tdm-r1\[eight-bit\]'$"):
+        optimizer(eight_bit=True)
