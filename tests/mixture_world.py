@@ -14,8 +14,10 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from tdm_r1.algorithms.protocol import Algorithm, Batch
+from tdm_r1.algorithms.rollout import roll_out
 from tdm_r1.algorithms.tdm import TDM
 from tdm_r1.algorithms.tdm_r1 import TDMR1
+from tdm_r1.algorithms.tdm_r1_release import TDMR1Release
 from tdm_r1.config.run import RunConfig, validate
 from tdm_r1.core.toy import GaussianMixture
 from tdm_r1.models.create import create_roles
@@ -25,6 +27,7 @@ from tdm_r1.models.specification import Role
 
 TEACHER = GaussianMixture(torch.tensor([0.4, 0.6]), torch.tensor([[0.6, -0.4], [-0.4, 0.6]]), torch.tensor([0.5, 0.6]))
 TARGET = torch.tensor([1.0, 1.0])
+NAMES: dict[type[Algorithm], str] = {TDM: "tdm", TDMR1: "tdm_r1", TDMR1Release: "tdm_r1_release"}
 SMALL = {"prompts": 4, "group": 6, "micro_batch": 24}
 
 
@@ -99,8 +102,10 @@ class Experiment:
             noise,
             reward,
         )
-        tdm = self.algorithm if isinstance(self.algorithm, TDM) else self.algorithm.tdm
-        return tdm.roll_out(batch).trajectory.final.flatten(1)
+        rollout = roll_out(
+            self.roles, role, batch.conditioning, batch.x_1, self.config.sampler, batch.noise, micro_batch=n
+        )
+        return rollout.trajectory.final.flatten(1)
 
 
 def reward(latents: Tensor) -> Tensor:
@@ -110,7 +115,7 @@ def reward(latents: Tensor) -> Tensor:
 
 def experiment(kind: type[Algorithm], start: GaussianMixture, **settings: dict) -> Experiment:
     values: dict = {
-        "algorithm": "tdm" if kind is TDM else "tdm_r1",
+        "algorithm": NAMES[kind],
         "iterations": 400,
         "model": {"roles": "full"},
         "batch": {"prompts": 16, "group": 16, "micro_batch": 256},

@@ -15,6 +15,7 @@ from torch import Tensor
 from mixture_world import TARGET, TEACHER, Mixture, experiment
 from tdm_r1.algorithms.tdm import TDM
 from tdm_r1.algorithms.tdm_r1 import TDMR1
+from tdm_r1.algorithms.tdm_r1_release import TDMR1Release
 from tdm_r1.core.toy import GaussianMixture
 from tdm_r1.models.specification import Role
 
@@ -62,6 +63,17 @@ LEARNED = {
     "preference-anchor": {"loss": "preference", "beta": 10.0, "trust_region": "anchor", "anchor_weight": 0.1},
     "preference-clip": {"loss": "preference", "beta": 10.0, "trust_region": "clip", "clip": 0.5},
 }
+
+
+def test_the_released_algorithm_raises_the_reward():
+    fast = {"learning_rate": 0.02, "betas": (0.5, 0.95)}
+    release = {"generator": fast, "fake": fast, "surrogate": fast, "teacher_guidance": 1.0, "surrogate_guidance": 1.0}
+    found = experiment(TDMR1Release, TEACHER, release=release | {"distance_limit": 0.5, "clip": 0.1})
+    metrics = found.run(120)
+    rewards = [row["reward/mean"] for row in metrics]
+    assert np.mean(rewards[-10:]) > np.mean(rewards[:5]) + 0.3
+    assert np.mean([row["surrogate/preference_accuracy"] for row in metrics]) > 0.52
+    assert (found.samples().mean(0) > TEACHER.sample(20_000, torch.Generator().manual_seed(2)).mean(0) + 0.1).all()
 
 
 @pytest.mark.parametrize("name", LEARNED)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tdm_r1.algorithms.optimizer import Optimizer
-from tdm_r1.algorithms.settings import OptimizerConfig
+from tdm_r1.algorithms.optimizer_settings import OptimizerConfig
 from tdm_r1.errors import UserError
 
 

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig
 
 from tdm_r1.algorithms.optimizer import Optimizer
-from tdm_r1.algorithms.settings import OptimizerConfig
+from tdm_r1.algorithms.optimizer_settings import OptimizerConfig
 from tdm_r1.models.create import create_roles
 from tdm_r1.models.export import exported
 from tdm_r1.models.lora_files import load_lora

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, JsonValue
+from pydantic import BaseModel, ConfigDict, JsonValue, model_validator
 
 # json_schema_extra of settings: those that say which weights a checkpoint holds, and those read at a run's start alone
 SHAPES_CHECKPOINT: dict[str, JsonValue] = {"fixed": "checkpoint"}
@@ -12,9 +12,25 @@ STARTS_RUN: dict[str, JsonValue] = {"fixed": "start"}
 
 
 class Settings(BaseModel):
-    """A group of settings: unknown names are errors, and nothing changes after validation."""
+    """A group of settings: unknown names are errors, and nothing changes after validation.
+
+    A group that is given in part keeps the rest of its own default, not of its class's.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_defaults(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        own = {name: field.default for name, field in cls.model_fields.items()}
+        return {
+            name: own[name].model_dump() | value
+            if isinstance(own.get(name), Settings) and isinstance(value, dict)
+            else value
+            for name, value in values.items()
+        }
 
 
 def fixed_settings(model: type[BaseModel], mark: dict[str, JsonValue], prefix: str = "") -> set[str]:

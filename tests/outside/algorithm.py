@@ -9,9 +9,10 @@ import torch
 from pydantic import Field
 
 from tdm_r1.algorithms.optimizer import Optimizer
+from tdm_r1.algorithms.optimizer_settings import OptimizerConfig
 from tdm_r1.algorithms.protocol import Algorithm, Batch
 from tdm_r1.algorithms.rollout import draw_points, roll_out
-from tdm_r1.algorithms.settings import AlgorithmSettings, OptimizerConfig
+from tdm_r1.algorithms.settings import AlgorithmSettings
 from tdm_r1.core import losses
 from tdm_r1.models.protocol import Conditioning
 from tdm_r1.models.roles import Roles

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..errors import UserError
-from .settings import OptimizerConfig
+from .optimizer_settings import OptimizerConfig
 
 MAX_SKIPPED = 5  # updates
 
@@ -43,6 +43,11 @@ class Optimizer:
         return max(min(step / c.warmup_steps, decay, 1.0), 0.0)
 
     @property
+    def updates(self) -> int:
+        """Updates so far, skipped ones too."""
+        return self.schedule.last_epoch
+
+    @property
     def rate(self) -> float:
         """The learning rate of the next update."""
         return self.adamw.param_groups[0]["lr"]
@@ -71,7 +76,7 @@ class Optimizer:
             self.schedule.step()
 
     def state(self) -> dict[str, Any]:
-        return {"adamw": self.adamw.state_dict(), "steps": self.schedule.last_epoch}
+        return {"adamw": self.adamw.state_dict(), "steps": self.updates}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Goes on from `state` with the settings of ``config``: AdamW's own loading would bring the saved ones back."""

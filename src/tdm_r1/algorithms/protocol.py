@@ -13,6 +13,7 @@ from torch import Tensor
 from ..models.protocol import Conditioning
 from ..models.roles import Roles
 from ..models.specification import RoleSpec
+from .optimizer_settings import OptimizerConfig
 from .settings import AlgorithmSettings
 
 
@@ -39,12 +40,15 @@ class Batch:
 class Evaluations:
     """Samples that a part of an iteration sends through a network, without and with gradient.
 
-    ``role``: the role that is trained, for the part's memory; None where nothing is.
+    ``role``: the role that is trained, for the part's memory; None where nothing is. ``at_once``: how often a sample is
+    in the widest pass without gradient (2 with guidance). ``nested``: that pass runs between forward and backward.
     """
 
     frozen: int = 0
     trained: int = 0
     role: str | None = None
+    at_once: int = 1
+    nested: bool = False
 
 
 class Algorithm(ABC):
@@ -68,6 +72,11 @@ class Algorithm(ABC):
     @abstractmethod
     def declare_roles(settings: AlgorithmSettings) -> tuple[RoleSpec, ...]:
         """The roles beside the teacher, which every run has."""
+
+    @staticmethod
+    def optimizer_settings(settings: AlgorithmSettings) -> dict[str, OptimizerConfig]:
+        """The optimizer's settings of each trained role."""
+        return {}
 
     @staticmethod
     def evaluations(settings: AlgorithmSettings) -> dict[str, Evaluations]:

@@ -51,6 +51,10 @@ class Draw:
     x_t: Tensor
     eps: Tensor
 
+    def rows(self, rows: Tensor) -> Draw:
+        """The points of the samples in ``rows`` [N] (int64)."""
+        return Draw(self.index[rows], self.s[rows], self.t[rows], self.x_t[rows], self.eps[rows])
+
 
 @torch.no_grad()  # the trajectory is data; only one step of it is re-run with gradient (TDM.fit_generator)
 def roll_out(

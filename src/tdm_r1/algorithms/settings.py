@@ -11,6 +11,8 @@ from pydantic import Field, field_validator, model_validator
 
 from ..models.settings import ModelConfig
 from ..settings import SHAPES_CHECKPOINT, Settings
+from .optimizer_settings import OptimizerConfig
+from .release_settings import ReleaseConfig
 
 Solver = Literal["euler", "dpm", "stochastic"]
 NoiseRange = Literal["to_noise", "interval"]
@@ -43,24 +45,6 @@ class BatchConfig(Settings):
     def trained_of_group(self) -> int:
         """Samples of a group that each update sees."""
         return self.trained or self.group
-
-
-class OptimizerConfig(Settings):
-    """AdamW of one role."""
-
-    learning_rate: float = Field(1e-4, gt=0, description="default: ours, one for each role.")
-    betas: tuple[float, float] = Field((0.0, 0.95), description="default: TDM (PixArt).")
-    weight_decay: float = Field(0.0, ge=0, description="default: ours.")
-    max_grad_norm: float = Field(1.0, gt=0, description="default: ours.")
-    warmup_steps: int = Field(10, ge=1, description="Updates of linear warm-up; default: ours.")
-    decay_share: float = Field(
-        0.0, ge=0, le=1, description="Last share of the run in which the rate falls linearly to zero; default: ours."
-    )
-    eight_bit: bool = Field(
-        False,
-        description="AdamW's averages in 8 bits (bitsandbytes): for full weights, of little use for LoRA.",
-        json_schema_extra=SHAPES_CHECKPOINT,
-    )
 
 
 class TDMConfig(Settings):
@@ -210,6 +194,8 @@ class AlgorithmSettings(Protocol):
     @property
     def balance(self) -> BalanceConfig: ...
     @property
+    def release(self) -> ReleaseConfig: ...
+    @property
     def algorithm_settings(self) -> dict[str, Any]: ...
 
 
@@ -230,12 +216,39 @@ def check_tdm(settings: AlgorithmSettings) -> None:
         )
 
 
+def check_release(settings: AlgorithmSettings) -> None:
+    """Raises ValueError on settings with which the authors' released algorithm cannot run."""
+    c, b = settings.release, settings.batch
+    check_groups(b)
+    if b.trained is not None:
+        raise ValueError(f"batch.trained = {b.trained}: tdm_r1_release trains on all samples; set it to null")
+    if c.trained_steps > settings.sampler.steps:
+        raise ValueError(
+            f"release.trained_steps = {c.trained_steps} is more than sampler.steps = {settings.sampler.steps}: lower it"
+        )
+    if b.micro_batch < b.group:
+        raise ValueError(
+            f"batch.micro_batch = {b.micro_batch} with batch.group = {b.group}: a micro-batch holds whole groups; "
+            "raise it, or lower the group"
+        )
+    if c.time_block and b.group % c.time_block:
+        raise ValueError(
+            f"release.time_block = {c.time_block} with batch.group = {b.group}: a group is made of whole blocks; use a "
+            "divisor, or null for the whole group"
+        )
+
+
+def check_groups(b: BatchConfig) -> None:
+    """Raises ValueError if there is nothing to compare inside a group."""
+    if b.group < 2:
+        raise ValueError(f"batch.group = {b.group}: TDM-R1 compares samples of one prompt; use 2 or more")
+
+
 def check_tdm_r1(settings: AlgorithmSettings) -> None:
     """Raises ValueError on settings with which TDM-R1 cannot run."""
     check_tdm(settings)
     c, b, s = settings, settings.batch, settings.surrogate
-    if b.group < 2:
-        raise ValueError(f"batch.group = {b.group}: TDM-R1 compares samples of one prompt; use 2 or more")
+    check_groups(b)
     if b.trained == 1:
         raise ValueError("batch.trained = 1: one sample of a group has nothing to be compared with; use 2 or more")
     if s.added_delta and c.model.roles == "full":

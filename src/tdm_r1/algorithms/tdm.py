@@ -11,7 +11,8 @@ with DMD's normaliser; no Huber loss.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +20,10 @@ from torch import Tensor, nn
 from ..core import flow, losses, solvers
 from ..models.protocol import Conditioning, guided
 from ..models.roles import Roles
-from ..models.specification import AddedDelta, Average, Role, RoleSpec
+from ..models.specification import EVALUATED, AddedDelta, Average, Role, RoleSpec
 from .metrics import Stopwatch, Sums, mean_of_each
 from .optimizer import Optimizer
+from .optimizer_settings import OptimizerConfig
 from .protocol import Algorithm, Batch, Evaluations
 from .rollout import Points, Rollout, draw_points, draw_times, roll_out
 from .settings import AlgorithmSettings, TDMConfig, check_tdm
@@ -39,8 +41,9 @@ class TDM(Algorithm):
         super().__init__(roles, empty, settings)
         c, n = settings.tdm, settings.iterations
         self.config, self.sampler, self.micro_batch = c, settings.sampler, settings.batch.micro_batch
-        self.optimizers = {Role.GENERATOR: Optimizer(roles.parameters(Role.GENERATOR), c.generator, total=n)} | {
-            fake: Optimizer(roles.parameters(fake), c.fake, total=n * c.fake_steps) for fake in fake_roles(c)
+        self.optimizers = {
+            role: Optimizer(roles.parameters(role), own, total=n if role == Role.GENERATOR else n * c.fake_steps)
+            for role, own in TDM.optimizer_settings(settings).items()
         }
 
     def step(self, batch: Batch) -> dict[str, float]:
@@ -152,7 +155,12 @@ class TDM(Algorithm):
 
     @staticmethod
     def declare_roles(settings: AlgorithmSettings) -> tuple[RoleSpec, ...]:
-        return generator_and_fake(settings)
+        return declared(settings)
+
+    @staticmethod
+    def optimizer_settings(settings: AlgorithmSettings) -> dict[str, OptimizerConfig]:
+        c = settings.tdm
+        return {Role.GENERATOR: c.generator, **dict.fromkeys(fake_roles(c), c.fake)}
 
     @staticmethod
     def evaluations(settings: AlgorithmSettings) -> dict[str, Evaluations]:
@@ -161,38 +169,43 @@ class TDM(Algorithm):
 
 
 def generator_and_fake(
-    c: AlgorithmSettings, added: AddedDelta | None = None, exported: AddedDelta | None = None
+    weights: Literal["lora", "full"],
+    ema: Average,
+    fakes: tuple[Role, ...],
+    added: AddedDelta | None = None,
+    exported: AddedDelta | None = None,
 ) -> tuple[RoleSpec, ...]:
-    """The roles of TDM.
+    """The roles of TDM: the generator, its average ``ema``, and the fake scores.
 
     Args:
         added: what is added to each of them.
         exported: what is added to the averaged generator instead.
     """
-    weights = c.model.roles
-    ema = Average(Role.GENERATOR, c.tdm.generator_ema_decay)
+    own = partial(RoleSpec, weights=weights)
     return (
-        RoleSpec(Role.GENERATOR, trained=True, weights=weights, added=added, starts_from="student_lora"),
-        RoleSpec(
-            Role.GENERATOR_EMA,
-            average=ema,
-            weights=weights,
-            added=exported or added,
-            starts_from="student_lora",
-            exported_as="lora",
+        own(Role.GENERATOR, trained=True, added=added, starts_from="student_lora"),
+        own(
+            Role.GENERATOR_EMA, average=ema, added=exported or added, starts_from="student_lora", exported_as=EVALUATED
         ),
         *(
-            RoleSpec(
+            own(
                 fake,
                 trained=True,
-                weights=weights,
                 added=added,
                 starts_from="fake_lora",
                 exported_as="lora_fake" if fake is Role.FAKE else None,
             )
-            for fake in fake_roles(c.tdm)
+            for fake in fakes
         ),
     )
+
+
+def declared(
+    c: AlgorithmSettings, added: AddedDelta | None = None, exported: AddedDelta | None = None
+) -> tuple[RoleSpec, ...]:
+    """`generator_and_fake` by the settings of TDM."""
+    ema = Average(Role.GENERATOR, c.tdm.generator_ema_decay)
+    return generator_and_fake(c.model.roles, ema, fake_roles(c.tdm), added, exported)
 
 
 def fake_roles(config: TDMConfig) -> tuple[Role, ...]:
@@ -206,7 +219,7 @@ def evaluations(c: AlgorithmSettings, trained: int, *, reward: int) -> dict[str,
     return {
         "rollout": Evaluations(c.sampler.steps * c.batch.prompts * c.batch.group),
         "fake score": Evaluations(0, c.tdm.fake_steps * trained, Role.FAKE),
-        "generator": Evaluations((teacher + 1 + reward) * trained, trained, Role.GENERATOR),
+        "generator": Evaluations((teacher + 1 + reward) * trained, trained, Role.GENERATOR, teacher, nested=True),
     }
 
 

@@ -21,6 +21,7 @@ from ..models.roles import Roles
 from ..models.specification import AddedDelta, Average, Role, RoleSpec
 from . import tdm
 from .metrics import Stopwatch, mean_of_each
+from .optimizer_settings import OptimizerConfig
 from .protocol import Algorithm, Batch, Evaluations
 from .settings import AlgorithmSettings, BalanceConfig, check_tdm_r1
 from .surrogate import Surrogate
@@ -104,13 +105,17 @@ class TDMR1(Algorithm):
         if c.reference == "dynamic":
             averages[Role.REFERENCE] = c.reference_decay
         return (
-            *tdm.generator_and_fake(settings, added, exported),
+            *tdm.declared(settings, added, exported),
             RoleSpec(Role.SURROGATE, host="teacher", trained=True, weights=weights),
             *(
                 RoleSpec(role, host="teacher", average=Average(Role.SURROGATE, decay), weights=weights)
                 for role, decay in averages.items()
             ),
         )
+
+    @staticmethod
+    def optimizer_settings(settings: AlgorithmSettings) -> dict[str, OptimizerConfig]:
+        return TDM.optimizer_settings(settings) | {Role.SURROGATE: settings.surrogate.optimizer}
 
     @staticmethod
     def evaluations(settings: AlgorithmSettings) -> dict[str, Evaluations]:

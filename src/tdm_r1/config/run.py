@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from ..algorithms.registry import ALGORITHMS, CHECKS
+from ..algorithms.release_settings import ReleaseConfig
 from ..algorithms.settings import BalanceConfig, BatchConfig, SamplerConfig, SurrogateConfig, TDMConfig
 from ..errors import UserError
 from ..models.settings import ModelConfig, check_model
@@ -52,7 +53,7 @@ class RunConfig(Settings):
 
     algorithm: str = Field(
         "tdm_r1",
-        description="tdm_r1, tdm, or your own as package.module:Class.",
+        description="tdm_r1, tdm_r1_release (the authors' training code), tdm, or your own as package.module:Class.",
         json_schema_extra=SHAPES_CHECKPOINT,
     )
     algorithm_settings: dict[str, Any] = Field({}, description="Settings of an algorithm of your own.")
@@ -83,6 +84,7 @@ class RunConfig(Settings):
     tdm: TDMConfig = TDMConfig()
     surrogate: SurrogateConfig = SurrogateConfig()
     balance: BalanceConfig = BalanceConfig()
+    release: ReleaseConfig = ReleaseConfig()
     evaluation: EvalConfig = EvalConfig()
 
     @property

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,7 +31,14 @@ class GroupAdvantages:
         }
 
 
-def group_advantages(rewards: Tensor, *, keep: int | None = None, min_valid: int = 2) -> GroupAdvantages:
+def group_advantages(
+    rewards: Tensor,
+    *,
+    keep: int | None = None,
+    min_valid: int = 2,
+    deviation: Literal["group", "batch"] = "group",
+    clip: float | None = None,
+) -> GroupAdvantages:
     """A_i = (r_i - mean) / std inside each group (paper, section 3), over the scores that are not missing.
 
     Means and deviations are taken in float64: in float32 a group of equal scores of 20 has a spread of rounding.
@@ -39,8 +48,16 @@ def group_advantages(rewards: Tensor, *, keep: int | None = None, min_valid: int
         keep: use this many samples of each group alone, half from its top and half from its bottom, centred again:
             large groups are cheap to score, and their extremes carry most of the signal. None uses all.
         min_valid: groups with fewer valid scores are skipped, as are groups without a difference (`groups.spread`).
+        deviation: divide by the group's standard deviation, or by that of all valid scores of the batch (the authors'
+            release, Flow-GRPO): then a group's weight grows with its spread.
+        clip: bound of |A_i|; None for none.
     """
-    found, has_signal = standardized(rewards.detach().double().cpu().numpy(), min_valid=min_valid)
+    scores = rewards.detach().double().cpu().numpy()
+    found, has_signal = standardized(scores, min_valid=min_valid)
+    if deviation == "batch" and has_signal.any():
+        found = found * (spread(scores)[0][:, None] / np.nanstd(scores))
+    if clip is not None:
+        found = found.clip(-clip, clip)
     advantage = torch.from_numpy(found).to(rewards.device, torch.promote_types(torch.float32, rewards.dtype))
     informative = torch.from_numpy(has_signal).to(rewards.device)
     used = ~advantage.isnan() & informative[:, None]

@@ -18,6 +18,11 @@ def _mean(x: Tensor) -> Tensor:
     return x.flatten(1).mean(1)
 
 
+def squared_error(a: Tensor, b: Tensor) -> Tensor:
+    """Mean of (a - b)^2 over all dimensions but the first, [B]."""
+    return _mean((a - b).square())
+
+
 # ------------------------------------------------------------------------------------------ denoising
 
 
@@ -78,6 +83,25 @@ def group_preference(sums: Tensor, *, beta: float) -> Tensor:
         beta: inverse temperature of the preference; the denoising losses are means over dimensions.
     """
     return -F.logsigmoid(-beta * sums)
+
+
+def group_slope(loss_phi: Tensor, loss_ref: Tensor, advantage: Tensor, group: int, beta: float) -> Tensor:
+    """sigmoid(beta / G sum_i A_i (l_phi,i - l_ref,i)) of each sample's group of ``group`` consecutive ones, [B].
+
+    The slope of `group_preference` over beta / G, as DGPO (arXiv 2510.08425) and the authors' release hold it constant.
+    """
+    inside = (advantage * (loss_phi - loss_ref)).reshape(-1, group).sum(1)
+    return torch.sigmoid(beta / group * inside).repeat_interleave(group)
+
+
+def held_by_ratio(loss_phi: Tensor, loss_old: Tensor, advantage: Tensor, clip: float) -> Tensor:
+    """Samples whose ratio exp(l_old - l_phi) has left 1 +- ``clip`` in their advantage's direction, bool [B].
+
+    The clip of PPO (arXiv 1707.06347, Eq. 7), as DGPO takes it: a better sample above 1 + clip, a worse one below
+    1 - clip.
+    """
+    ratio = (loss_old - loss_phi).exp()
+    return torch.where(advantage > 0, ratio > 1 + clip, (ratio < 1 - clip) & (advantage < 0))
 
 
 def anchored_regression(

@@ -205,11 +205,11 @@ class Roles:
         other = self._added(role)
         return [role.spec.added.weight * d for d in other.deltas()] if role.spec.added and other else None
 
-    def update_averages(self, source: str) -> None:
-        """Every role that averages ``source`` follows it."""
+    def update_averages(self, source: str, *, updates: int = 0) -> None:
+        """Every role that averages ``source`` follows it; ``updates``: how many the source has had, for ramps."""
         for name, role in self._members.items():
             if role.spec.average and role.spec.average.of == source:
-                self.average(name, source, role.spec.average.decay)
+                self.average(name, source, role.spec.average.decay_after(updates))
 
     @torch.no_grad()  # averages never receive a gradient
     def average(self, target: str, source: str, decay: float) -> None:

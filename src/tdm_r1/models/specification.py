@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
@@ -22,10 +23,19 @@ class Role(StrEnum):
 
 @dataclass(frozen=True)
 class Average:
-    """An exponential moving average: ``target <- decay target + (1 - decay) source``."""
+    """An exponential moving average: ``target <- decay target + (1 - decay) source``.
+
+    Args:
+        ramp: after n updates of the source the decay is at most ramp(n); None for no such bound.
+    """
 
     of: str
     decay: float
+    ramp: Callable[[int], float] | None = None
+
+    def decay_after(self, updates: int) -> float:
+        """The decay after ``updates`` updates of the source."""
+        return min(self.decay, self.ramp(updates)) if self.ramp else self.decay
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from ..algorithms.settings import OptimizerConfig
 from ..config.run import RunConfig
 from ..models.architectures import architecture_of, architectures, random_pipeline, text_encoder_parameters
 from ..models.create import create_roles
@@ -74,14 +73,15 @@ def estimate(config: RunConfig, **sizes: Any) -> Estimate | None:
         return None
     specs = {spec.name: spec for spec in algorithm_of(config).declare_roles(config)}
     samples = min(config.batch.micro_batch, config.batch.prompts * config.batch.group)
-    parts = _parts(name, config.model.model_dump_json(), samples, config.tdm.teacher_guidance > 1, _frozen(sizes))
+    parts = _parts(name, config.model.model_dump_json(), samples, _frozen(sizes))
     working, flops = {}, {}
     for part, count in counts.items():
-        working[part], flops[part] = parts.sample.peak, parts.sample.flops * count.frozen / samples
+        wide = parts.sample(count.at_once)
+        working[part], flops[part] = wide.peak, wide.flops / count.at_once * count.frozen / samples
         if count.trained:
             full = count.role is not None and specs[count.role].weights == "full"
             one = parts.train_full() if full else parts.train
-            inside = one.kept + parts.guided.peak if part == "generator" else 0  # the teacher, while activations wait
+            inside = one.kept + wide.peak if count.nested else 0  # while activations wait
             working[part] = max(working[part], one.peak, inside)
             flops[part] += one.flops * count.trained / samples
     working["decode"] = parts.decode.peak
@@ -136,21 +136,16 @@ def _held(config: RunConfig, parts: _Parts, specs: tuple[RoleSpec, ...]) -> dict
     whole = {spec.name for spec in specs if spec.weights == "full"}
     adapters = [spec for spec in specs if spec.weights == "lora"]
     combined = sum(m.merge + (spec.added is not None and spec.added.role in whole) for spec in adapters)
-    points = 2 * config.sampler.steps + 1
+    points, own = 2 * config.sampler.steps + 1, algorithm_of(config).optimizer_settings(config)
     return {
         "frozen transformer" + ("s" if m.teacher else ""): backbones * parts.frozen_bytes,
         f"weights of {len(specs)} roles": FLOAT_BYTES * sum(numbers.values()),
-        "optimizers": sum(ADAM_BYTES[_optimizer_of(config, role).eight_bit] * n for role, n in trained.items()),
+        "optimizers": sum(ADAM_BYTES[role in own and own[role].eight_bit] * n for role, n in trained.items()),
         "gradients, of one role at a time": FLOAT_BYTES * max(trained.values()),
         "merged copies": combined * parts.adapted_bytes,
         "autoencoder": 0 if m.offload else parts.autoencoder_bytes,
         "prompts and trajectories": b.prompts * (parts.prompt_bytes + points * b.group * parts.latent_bytes),
     }
-
-
-def _optimizer_of(config: RunConfig, role: str) -> OptimizerConfig:
-    own = {Role.GENERATOR: config.tdm.generator, Role.SURROGATE: config.surrogate.optimizer}
-    return own.get(Role(role), config.tdm.fake) if role in set(Role) else config.tdm.generator
 
 
 def _bytes(t: Tensor) -> int:
@@ -183,7 +178,7 @@ class Play:
 class _Parts:
     """Sizes of a model with one adapter, and the parts of an iteration on one micro-batch, each traced once."""
 
-    def __init__(self, backbone: PipelineBackbone, model: ModelConfig, samples: int, *, with_guidance: bool) -> None:
+    def __init__(self, backbone: PipelineBackbone, model: ModelConfig, samples: int) -> None:
         transformer = backbone.transformer
         self.backbone, self.decoded = backbone, min(backbone.decode_batch, samples)
         self.frozen_bytes = sum(_bytes(p) for p in [*transformer.parameters(), *transformer.buffers()])
@@ -197,11 +192,14 @@ class _Parts:
         self.inputs = self._inputs(samples)
         self.prompt_bytes = sum(_bytes(t) for t in self.inputs[2].tensors.values()) // samples
         self.latent_bytes = _bytes(self.inputs[0][:1])
-        passes = 1 + with_guidance  # guided, every sample is there twice; traced once, since both grow with the samples
-        self.guided = play(lambda: self._sample(self._inputs(passes * samples)))
-        self.sample = Play(self.guided.peak / passes, 0, self.guided.flops / passes)
+        twice = play(lambda: self._sample(self._inputs(2 * samples)))  # traced once: all of it grows with the samples
+        self._once = Play(twice.peak / 2, 0, twice.flops / 2)
         self.train = self._training(self.roles)
         self.decode = play(self._decode)
+
+    def sample(self, at_once: int) -> Play:
+        """A pass without gradient in which every sample is ``at_once`` times."""
+        return Play(at_once * self._once.peak, 0, at_once * self._once.flops)
 
     def train_full(self) -> Play:
         """Forward and backward of a role with weights of its own."""
@@ -239,11 +237,11 @@ class _Parts:
 
 
 @cache
-def _parts(name: str, model: str, samples: int, with_guidance: bool, sizes: tuple[tuple[str, Any], ...]) -> _Parts:
+def _parts(name: str, model: str, samples: int, sizes: tuple[tuple[str, Any], ...]) -> _Parts:
     """Kept: a run and the distillation before it have the same."""
     config = ModelConfig.model_validate_json(model)
     backbone = random_backbone(name, config, **dict(sizes))
-    return _Parts(backbone, config, samples, with_guidance=with_guidance)
+    return _Parts(backbone, config, samples)
 
 
 def _frozen(sizes: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
