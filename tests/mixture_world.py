@@ -5,7 +5,7 @@ Each role is a mixture with its own parameters, computed exactly at every noise 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,9 +13,13 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
+from tdm_r1.algorithms.dgpo import DGPO
+from tdm_r1.algorithms.flow_grpo import FlowGRPO
+from tdm_r1.algorithms.nft import DiffusionNFT
 from tdm_r1.algorithms.protocol import Algorithm, Batch
 from tdm_r1.algorithms.rollout import roll_out
 from tdm_r1.algorithms.tdm import TDM
+from tdm_r1.algorithms.tdm_direct_rl import TDMDirectRL
 from tdm_r1.algorithms.tdm_r1 import TDMR1
 from tdm_r1.algorithms.tdm_r1_release import TDMR1Release
 from tdm_r1.config.run import RunConfig, validate
@@ -27,7 +31,15 @@ from tdm_r1.models.specification import Role
 
 TEACHER = GaussianMixture(torch.tensor([0.4, 0.6]), torch.tensor([[0.6, -0.4], [-0.4, 0.6]]), torch.tensor([0.5, 0.6]))
 TARGET = torch.tensor([1.0, 1.0])
-NAMES: dict[type[Algorithm], str] = {TDM: "tdm", TDMR1: "tdm_r1", TDMR1Release: "tdm_r1_release"}
+NAMES: dict[type[Algorithm], str] = {
+    TDM: "tdm",
+    TDMR1: "tdm_r1",
+    TDMR1Release: "tdm_r1_release",
+    DGPO: "dgpo",
+    FlowGRPO: "flow_grpo",
+    DiffusionNFT: "nft",
+    TDMDirectRL: "tdm_direct_rl",
+}
 SMALL = {"prompts": 4, "group": 6, "micro_batch": 24}
 
 
@@ -79,7 +91,7 @@ class Experiment:
     config: RunConfig
     iteration: int = 0
 
-    def run(self, iterations: int) -> list[dict[str, float]]:
+    def run(self, iterations: int, score: Callable[[Tensor], Tensor] | None = None) -> list[dict[str, float]]:
         found = []
         for _ in range(iterations):
             noise = torch.Generator().manual_seed(self.iteration)
@@ -87,7 +99,7 @@ class Experiment:
             n = b.prompts * b.group
             c = Conditioning.of(embeds=torch.zeros(1, 1)).expand(n)
             x_1 = torch.randn(n, 2, 1, 1, generator=noise)
-            found.append(self.algorithm.step(Batch(c, x_1, b.group, noise, reward)))
+            found.append(self.algorithm.step(Batch(c, x_1, b.group, noise, score or reward)))
             self.iteration += 1
         return found
 
@@ -132,8 +144,9 @@ def experiment(kind: type[Algorithm], start: GaussianMixture, **settings: dict) 
     config, backbone = validate(values), World(TEACHER)
     roles = create_roles(kind.declare_roles(config), backbone, LoraConfig())
     theta = {name: p.detach() for name, p in Mixture(start).named_parameters()}
-    for role in (Role.GENERATOR, Role.GENERATOR_EMA):
-        roles.load(role, theta)
+    for spec in roles.specs:
+        if spec.starts_from == "student_lora":
+            roles.load(spec.name, theta)
     return Experiment(kind(roles, Conditioning.of(embeds=torch.zeros(1, 1)), config), roles, config)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixture_world import SMALL, TEACHER, Experiment, batch_of, conditioning, experiment, gradients, reward
+from mixture_world import NAMES, SMALL, TEACHER, Experiment, batch_of, conditioning, experiment, gradients, reward
 from tdm_r1.algorithms.metrics import Stopwatch, Sums, mean_of_each
 from tdm_r1.algorithms.protocol import Batch
 from tdm_r1.algorithms.settings import BalanceConfig
@@ -105,7 +105,7 @@ def _first_batch(found: Experiment) -> Batch:
     return Batch(conditioning(24), torch.randn(24, 2, 1, 1, generator=noise), 6, noise, reward)
 
 
-@pytest.mark.parametrize("kind", [TDM, TDMR1])
+@pytest.mark.parametrize("kind", NAMES, ids=lambda kind: kind.__name__)
 def test_an_algorithm_goes_on_from_its_state(kind):
     settings = {"balance": {"policy": "ratio", "rate": 0.5}, "batch": SMALL, "tdm": {"fake_scores": "two"}}
     straight, first, second = (experiment(kind, TEACHER, **settings) for _ in range(3))

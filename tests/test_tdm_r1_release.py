@@ -18,14 +18,14 @@ from mixture_world import SMALL, TEACHER, batch_of, experiment
 from tdm_r1.algorithms.protocol import Batch
 from tdm_r1.algorithms.rollout import Draw, Rollout, roll_out
 from tdm_r1.algorithms.settings import BatchConfig
-from tdm_r1.algorithms.tdm_r1_release import OLD, OLD_DECAY, TDMR1Release, arrival, trailing, warm_up
+from tdm_r1.algorithms.tdm_r1_release import OLD, OLD_DECAY, TDMR1Release, arrival
 from tdm_r1.config.run import validate
 from tdm_r1.core import flow, losses, release
 from tdm_r1.core.advantages import group_advantages
 from tdm_r1.errors import UserError
 from tdm_r1.models.protocol import Conditioning
 from tdm_r1.models.roles import Roles
-from tdm_r1.models.specification import Average, Role
+from tdm_r1.models.specification import Average, Role, trailing, warm_up
 from tdm_r1.train.run import Run
 
 RANDOM = torch.Generator().manual_seed(0)

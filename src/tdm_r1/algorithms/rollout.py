@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core import flow, solvers
-from ..models.protocol import Conditioning, in_parts
+from ..models.protocol import Conditioning, guided, in_parts
 from ..models.roles import Roles
 from .settings import NoiseRange, SamplerConfig
 
@@ -66,15 +66,20 @@ def roll_out(
     noise: torch.Generator | None,
     *,
     micro_batch: int,
+    empty: Conditioning | None = None,
 ) -> Rollout:
-    """The few-step trajectories of a role from noise ``x_1`` [B, C, H, W], keeping every x_{t_k}."""
+    """The trajectories of a role from noise ``x_1`` [B, C, H, W], keeping every x_{t_k}.
+
+    Args:
+        empty: the empty prompt's conditioning, where the sampler has guidance.
+    """
     grid = flow.few_step_grid(sampler.steps, sampler.shift)
 
     def fresh(step: int) -> Tensor:
         return torch.randn(x_1.shape, generator=noise)
 
     with roles.use(role) as velocity:
-        v = in_parts(velocity, micro_batch)
+        v = in_parts(guided(velocity, empty, sampler.guidance) if empty else velocity, micro_batch)
         trajectory = solvers.sample(lambda x, t: v(x, t, conditioning), x_1, grid, solver=sampler.solver, noise=fresh)
     return Rollout(trajectory, conditioning)
 

@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ..models.settings import ModelConfig
 from ..settings import SHAPES_CHECKPOINT, Settings
+from .baseline_settings import DGPOConfig, FlowGRPOConfig, NFTConfig
 from .optimizer_settings import OptimizerConfig
 from .release_settings import ReleaseConfig
 
@@ -24,6 +25,9 @@ class SamplerConfig(Settings):
     steps: int = Field(4, ge=1, description="Forward evaluations per image, K; default: paper.")
     shift: float = Field(3.0, gt=0, description="Shift of the time grid towards noise; default: SD3.")
     solver: Solver = Field("euler", description="euler, dpm (Flow-DPM-Solver, as the paper) or stochastic.")
+    guidance: float = Field(
+        1.0, ge=1, description="Guidance scale of sampling, for many-step models; few-step ones need none."
+    )
 
 
 class BatchConfig(Settings):
@@ -180,6 +184,8 @@ class AlgorithmSettings(Protocol):
     """What an algorithm reads of a run's settings (`config.RunConfig` has it)."""
 
     @property
+    def algorithm(self) -> str: ...
+    @property
     def iterations(self) -> int: ...
     @property
     def model(self) -> ModelConfig: ...
@@ -196,12 +202,19 @@ class AlgorithmSettings(Protocol):
     @property
     def release(self) -> ReleaseConfig: ...
     @property
+    def dgpo(self) -> DGPOConfig: ...
+    @property
+    def flow_grpo(self) -> FlowGRPOConfig: ...
+    @property
+    def nft(self) -> NFTConfig: ...
+    @property
     def algorithm_settings(self) -> dict[str, Any]: ...
 
 
 def check_tdm(settings: AlgorithmSettings) -> None:
     """Raises ValueError on settings with which TDM cannot run."""
     c, b = settings, settings.batch
+    check_unguided(settings)
     if b.trained is not None and b.trained > b.group:
         raise ValueError(f"batch.trained = {b.trained} is more than batch.group = {b.group}: lower it")
     if c.tdm.fake_scores == "two" and b.prompts * b.trained_of_group < 2:
@@ -219,22 +232,53 @@ def check_tdm(settings: AlgorithmSettings) -> None:
 def check_release(settings: AlgorithmSettings) -> None:
     """Raises ValueError on settings with which the authors' released algorithm cannot run."""
     c, b = settings.release, settings.batch
-    check_groups(b)
-    if b.trained is not None:
-        raise ValueError(f"batch.trained = {b.trained}: tdm_r1_release trains on all samples; set it to null")
+    check_whole_groups(settings)
+    check_unguided(settings)
     if c.trained_steps > settings.sampler.steps:
         raise ValueError(
             f"release.trained_steps = {c.trained_steps} is more than sampler.steps = {settings.sampler.steps}: lower it"
-        )
-    if b.micro_batch < b.group:
-        raise ValueError(
-            f"batch.micro_batch = {b.micro_batch} with batch.group = {b.group}: a micro-batch holds whole groups; "
-            "raise it, or lower the group"
         )
     if c.time_block and b.group % c.time_block:
         raise ValueError(
             f"release.time_block = {c.time_block} with batch.group = {b.group}: a group is made of whole blocks; use a "
             "divisor, or null for the whole group"
+        )
+
+
+def check_policy(settings: AlgorithmSettings) -> None:
+    """Raises ValueError on settings with which DGPO, Flow-GRPO and DiffusionNFT cannot run."""
+    check_whole_groups(settings)
+    if settings.sampler.steps < 2:
+        raise ValueError(
+            f"sampler.steps = {settings.sampler.steps}: the baselines train more than one step; use 2 or more"
+        )
+
+
+def check_direct(settings: AlgorithmSettings) -> None:
+    """Raises ValueError on settings with which TDM with a direct loss cannot run."""
+    check_tdm(settings)
+    check_whole_groups(settings)
+
+
+def check_whole_groups(settings: AlgorithmSettings) -> None:
+    """Raises ValueError where a group cannot be compared as a whole."""
+    b, name = settings.batch, settings.algorithm
+    check_groups(b)
+    if b.trained is not None:
+        raise ValueError(f"batch.trained = {b.trained}: {name} trains on all samples; set it to null")
+    if b.micro_batch < b.group:
+        raise ValueError(
+            f"batch.micro_batch = {b.micro_batch} with batch.group = {b.group}: a micro-batch holds whole groups; "
+            "raise it, or lower the group"
+        )
+
+
+def check_unguided(settings: AlgorithmSettings) -> None:
+    """Raises ValueError if a few-step generator were sampled with guidance."""
+    if settings.sampler.guidance != 1:
+        raise ValueError(
+            f"sampler.guidance = {settings.sampler.guidance} with algorithm = {settings.algorithm}: its generator "
+            "learns guidance from the teacher and is sampled without; set it to 1"
         )
 
 

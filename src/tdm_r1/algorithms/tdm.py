@@ -113,7 +113,7 @@ class TDM(Algorithm):
                 cosine = nn.functional.cosine_similarity(kl.flatten(1), reward.flatten(1))
                 sums.add("generator/kl_reward_cosine", cosine.mean(), share)
         metrics = sums.read() | _named(Role.GENERATOR, self.optimizers[Role.GENERATOR].step())
-        self.roles.update_averages(Role.GENERATOR)
+        self.roles.update_averages(Role.GENERATOR, updates=self.optimizers[Role.GENERATOR].updates)
         return metrics
 
     def _next(self, here: solvers.Trajectory, i: Tensor, x0: Tensor, eps: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from ..core import flow, losses, release, solvers
 from ..core.advantages import group_advantages
 from ..models.protocol import Conditioning, guided
 from ..models.roles import Roles
-from ..models.specification import Average, Role, RoleSpec
+from ..models.specification import Average, Role, RoleSpec, trailing, warm_up
 from .metrics import Stopwatch, Sums, mean_of_each
 from .optimizer import Optimizer
 from .optimizer_settings import OptimizerConfig
@@ -28,7 +28,8 @@ from .settings import AlgorithmSettings, check_release
 from .surrogate import preference_accuracy
 from .tdm import generator_and_fake
 
-OLD = "surrogate_old"  # an average of phi that trails by less than one update
+OLD = "surrogate_old"  # an average of phi that trails by less than one update, with a decay of at most
+OLD_DECAY = 0.3
 
 
 class TDMR1Release(Algorithm):
@@ -290,16 +291,3 @@ def arrival(trajectory: solvers.Trajectory, index: Tensor) -> tuple[Tensor, Tens
     clean = trajectory.clean_at(index)
     times = trajectory.time(index), trajectory.time(index + 1)
     return clean, solvers.euler_step(clean, trajectory.at(index), *times)
-
-
-OLD_DECAY = 0.3
-
-
-def trailing(updates: int) -> float:
-    """The release's decay of the average that the clip is taken against, up to `OLD_DECAY`."""
-    return 0.001 * updates
-
-
-def warm_up(updates: int) -> float:
-    """The usual warm-up of an average's decay."""
-    return (1 + updates) / (10 + updates)

@@ -133,7 +133,7 @@ def parse_shard(text: str) -> tuple[int, int]:
 def models_of(config: RunConfig, loras: Sequence[str], base_steps: int, guidance: Sequence[float]) -> list[Model]:
     """The many-step base at each guidance, then each LoRA; "none" is the student as it is (a Turbo model)."""
     s = config.sampler
-    few = Sampling(Role.GENERATOR, s.steps, s.shift, s.solver)
+    few = Sampling(Role.GENERATOR, s.steps, s.shift, s.solver, s.guidance)
     base = [Model(f"base, guidance {g:g}", Sampling(Role.TEACHER, base_steps, s.shift, guidance=g)) for g in guidance]
     students = [_student(name, few) for name in loras]
     return [*(base if base_steps else []), *students]

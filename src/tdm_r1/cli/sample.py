@@ -26,8 +26,8 @@ class Sample:
     """A LoRA folder or hub id, such as runs/mini/lora; with @0.125 behind it where its publisher loads it at such a
     strength. With a mini model the default is its bundled 4-step student."""
     model: str | None = None
-    """'mini', 'mini_signs', a hub id or a pipeline folder. Default for this, steps, shift, solver, resolution, t5 and
-    max_sequence_length: those of the run that wrote the LoRA, if its folder exists; otherwise 'mini'."""
+    """'mini', 'mini_signs', a hub id or a pipeline folder. Default for this, steps, shift, solver, guidance,
+    resolution, t5 and max_sequence_length: those of the run that wrote the LoRA, if its folder exists; else 'mini'."""
     images: int = 4
     """Images per prompt."""
     steps: int | None = None
@@ -36,6 +36,8 @@ class Sample:
     """Shift of the time grid; else 3."""
     solver: Literal["euler", "dpm", "stochastic"] | None = None
     """As the LoRA was trained: the recipes for real models train with dpm; else euler."""
+    guidance: float | None = None
+    """Guidance scale, for many-step models; else as the LoRA was trained, which is 1 (none) for few-step ones."""
     resolution: int | None = None
     """Side of the pictures in px; else the model's own, though a LoRA may have been trained at another."""
     t5: bool | None = None
@@ -64,7 +66,7 @@ def main(args: list[str]) -> int:
 
     trained = (run_of(with_strength(command.lora)[0]) if command.lora else None) or RunConfig()
     as_trained = trained.model.model_dump(include={"max_sequence_length", "t5", "resolution"})
-    as_trained |= trained.sampler.model_dump(include={"steps", "shift", "solver"})
+    as_trained |= trained.sampler.model_dump(include={"steps", "shift", "solver", "guidance"})
     asked = {name: getattr(command, name) for name in as_trained if getattr(command, name) is not None}
     path = command.model or (command.lora if command.lora in BUNDLED.entries else trained.model.path)
     lora = command.lora or (path if path in BUNDLED.entries else None)

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from ..algorithms.baseline_settings import DGPOConfig, FlowGRPOConfig, NFTConfig
 from ..algorithms.registry import ALGORITHMS, CHECKS
 from ..algorithms.release_settings import ReleaseConfig
 from ..algorithms.settings import BalanceConfig, BatchConfig, SamplerConfig, SurrogateConfig, TDMConfig
@@ -53,7 +54,8 @@ class RunConfig(Settings):
 
     algorithm: str = Field(
         "tdm_r1",
-        description="tdm_r1, tdm_r1_release (the authors' training code), tdm, or your own as package.module:Class.",
+        description="tdm_r1, tdm_r1_release (the authors' training code), tdm; the baselines dgpo, flow_grpo, nft and "
+        "tdm_direct_rl; or your own as package.module:Class.",
         json_schema_extra=SHAPES_CHECKPOINT,
     )
     algorithm_settings: dict[str, Any] = Field({}, description="Settings of an algorithm of your own.")
@@ -85,6 +87,9 @@ class RunConfig(Settings):
     surrogate: SurrogateConfig = SurrogateConfig()
     balance: BalanceConfig = BalanceConfig()
     release: ReleaseConfig = ReleaseConfig()
+    dgpo: DGPOConfig = DGPOConfig()
+    flow_grpo: FlowGRPOConfig = FlowGRPOConfig()
+    nft: NFTConfig = NFTConfig()
     evaluation: EvalConfig = EvalConfig()
 
     @property

@@ -140,6 +140,24 @@ def clipped(log_ratio: Tensor, advantage: Tensor, limit: float) -> Tensor:
     return torch.where(advantage > 0, log_ratio.clamp_min(-limit), log_ratio.clamp_max(limit))
 
 
+# ------------------------------------------------------------------------------------------ other methods
+
+
+def normalized_error(v: Tensor, x_t: Tensor, t: Tensor, x_0: Tensor, *, floor: float = 1e-5) -> Tensor:
+    """DiffusionNFT's error (arXiv 2509.16117, section 3.3): mean |x0_hat - x_0|^2 over mean |x0_hat - x_0|, [B].
+
+    The normaliser is held constant, and at least ``floor``.
+    """
+    error = flow.x0_from_v(v, x_t, t) - x_0
+    return _mean(error.square()) / _mean(error.detach().abs()).clamp_min(floor)
+
+
+def clipped_policy(new: Tensor, old: Tensor, advantage: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+    """PPO's clipped loss (arXiv 1707.06347, Eq. 7) of log likelihoods [B], and the likelihoods' ratio, [B]."""
+    ratio = (new - old).exp()
+    return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip)), ratio.detach()
+
+
 # ------------------------------------------------------------------------------------------ generator
 
 

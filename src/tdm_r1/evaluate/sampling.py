@@ -30,7 +30,7 @@ class FewStepModel:
         family: see `models.settings.ModelConfig`; by the pipeline's class if None.
         lora: a LoRA folder or hub id, with ``@0.125`` behind it where its publisher loads it at such a strength; a mini
             model's name is its bundled 4-step student; None samples the base itself.
-        steps, shift, solver: the few-step grid, and how it is walked: as the LoRA was trained.
+        steps, shift, solver, guidance: the grid, how it is walked, and the guidance scale: as the LoRA was trained.
         max_sequence_length: T5 tokens (a mini model uses its own).
         t5: whether an SD3 loads T5.
         resolution: side of the images in px; the model's own if None.
@@ -46,6 +46,7 @@ class FewStepModel:
         steps: int = 4,
         shift: float = 3.0,
         solver: Solver = "euler",
+        guidance: float = 1.0,
         family: str | None = None,
         max_sequence_length: int = 256,
         t5: bool = True,
@@ -75,7 +76,7 @@ class FewStepModel:
         self.roles: Roles = create_roles([RoleSpec(Role.GENERATOR)], self.backbone, settings)
         if folder:
             load_lora(self.roles, (Role.GENERATOR,), folder, settings, strength=strength)
-        self.sampling = Sampling(Role.GENERATOR, steps, shift, solver)
+        self.sampling = Sampling(Role.GENERATOR, steps, shift, solver, guidance)
         self.embed = Embedder(self.backbone)
 
     def __call__(self, prompts: Sequence[str], *, seed: int = 0) -> np.ndarray:

@@ -38,6 +38,16 @@ class Average:
         return min(self.decay, self.ramp(updates)) if self.ramp else self.decay
 
 
+def warm_up(updates: int) -> float:
+    """The usual warm-up of an average's decay: (1 + n) / (10 + n)."""
+    return (1 + updates) / (10 + updates)
+
+
+def trailing(updates: int) -> float:
+    """A decay that grows slowly, for an average that trails by little: .001 n (DGPO and its successors)."""
+    return 0.001 * updates
+
+
 @dataclass(frozen=True)
 class AddedDelta:
     """``weight`` times another role's change of the weights, added to a role's own. No gradient reaches that role."""

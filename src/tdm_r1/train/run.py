@@ -193,7 +193,7 @@ class Run:
     def few_step(self, role: str | None = None) -> Sampling:
         """How the run samples ``role``, by default the one that it evaluates and exports."""
         s = self.config.sampler
-        return Sampling(role or evaluated(self.roles.specs), s.steps, s.shift, s.solver)
+        return Sampling(role or evaluated(self.roles.specs), s.steps, s.shift, s.solver, s.guidance)
 
     def _report(self, result: Evaluation) -> Evaluation:
         self.scoring.show_failures(result.scores)
