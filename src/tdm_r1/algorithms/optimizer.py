@@ -39,7 +39,7 @@ class Optimizer:
         """The share of the learning rate that the next update has, after ``done`` of them."""
         c, step = self.config, done + 1
         left = self.total + 1 - step
-        decay = left / (c.decay_share * self.total) if c.decay_share else 1.0
+        decay = left / (c.decay_share * self.total) if c.decay_share and self.total else 1.0
         return max(min(step / c.warmup_steps, decay, 1.0), 0.0)
 
     @property

@@ -114,7 +114,10 @@ class SurrogateConfig(Settings):
         2, ge=0, description="Fresh groups per iteration on which phi is measured first; default: ours."
     )
     draws: int = Field(
-        4, ge=1, description="(k, t, noise) draws, each an update, per rollout; default: ours, docs/notes."
+        4,
+        ge=0,
+        description="(k, t, noise) draws, each an update, per rollout; 0 for a frozen surrogate, which starts from "
+        "model.surrogate_lora; default: ours, docs/notes.",
     )
     points: Literal["all", "final"] = Field(
         "all", description="Trajectory points that phi learns from: every x_{t_k} (paper), or x_0 alone."
@@ -295,6 +298,16 @@ def check_tdm_r1(settings: AlgorithmSettings) -> None:
     check_groups(b)
     if b.trained == 1:
         raise ValueError("batch.trained = 1: one sample of a group has nothing to be compared with; use 2 or more")
+    if s.draws == 0 and not c.model.surrogate_lora:
+        raise ValueError(
+            "surrogate.draws = 0 without model.surrogate_lora: a surrogate that is never trained says nothing; name a "
+            "trained one, or use 1 or more"
+        )
+    if c.model.surrogate_lora and s.weights == "full":
+        raise ValueError(
+            f"model.surrogate_lora = {c.model.surrogate_lora!r} with surrogate.weights = full: a LoRA starts adapters "
+            "alone; set surrogate.weights to lora"
+        )
     if s.added_delta and c.model.roles == "full":
         raise ValueError(
             f"surrogate.added_delta = {s.added_delta} with model.roles = full: it is added to adapters alone; set it "

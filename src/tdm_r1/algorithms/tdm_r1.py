@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -104,11 +105,13 @@ class TDMR1(Algorithm):
         averages = {Role.SURROGATE_EMA: c.ema_decay}
         if c.reference == "dynamic":
             averages[Role.REFERENCE] = c.reference_decay
+        phi = partial(RoleSpec, host="teacher", weights=weights)
+        exports = {Role.SURROGATE_EMA: "lora_surrogate"}
         return (
             *tdm.declared(settings, added, exported),
-            RoleSpec(Role.SURROGATE, host="teacher", trained=True, weights=weights),
+            phi(Role.SURROGATE, trained=True, starts_from="surrogate_lora"),
             *(
-                RoleSpec(role, host="teacher", average=Average(Role.SURROGATE, decay), weights=weights)
+                phi(role, average=Average(Role.SURROGATE, decay), exported_as=exports.get(role))
                 for role, decay in averages.items()
             ),
         )

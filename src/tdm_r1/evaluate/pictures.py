@@ -45,6 +45,16 @@ def grid(rows: Sequence[tuple[str, np.ndarray]], captions: Sequence[str], *, til
     return canvas
 
 
+def strip(images: np.ndarray) -> Image.Image:
+    """Pictures, uint8 [N, H, W, 3] with H = W, side by side without captions."""
+    return Image.fromarray(np.concatenate(list(images), axis=1))
+
+
+def of_strip(image: Image.Image) -> np.ndarray:
+    """The pictures of a `strip`."""
+    return np.stack(np.split(np.asarray(image.convert("RGB")), image.width // image.height, axis=1))
+
+
 def _wrap(text: str, width: int) -> str:
     lines: list[str] = [""]
     for word in text.split():

@@ -212,7 +212,7 @@ def markdown(results: Mapping) -> str:
     lines = [
         "# Results on the mini model",
         "",
-        "Written by `tdm-r1 mini study RECIPE` from the JSON file of the same name; not edited by hand. Each cell is",
+        "Written by `tdm-r1 mini repeat RECIPE` from the JSON file of the same name; not edited by hand. Each cell is",
         "the mean over seeds, with the standard deviation over seeds where there are several. The noise floor is the",
         "standard deviation of the 4-step student's figure over fresh evaluation noise. The change is from before to",
         f"after on the same noise, as the mean of {DRAWS} other draws with its standard error over them; runs filed",

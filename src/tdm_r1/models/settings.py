@@ -53,6 +53,12 @@ class ModelConfig(Settings):
         description="A LoRA folder that the fake score starts from; else the model at `path`.",
         json_schema_extra=STARTS_RUN,
     )
+    surrogate_lora: str | None = Field(
+        None,
+        description="A LoRA folder that the surrogate starts from, as a run leaves it in lora_surrogate; else the "
+        "teacher.",
+        json_schema_extra=STARTS_RUN,
+    )
     max_sequence_length: int = Field(256, ge=1, le=512, description="Tokens of a prompt; mini models use their own.")
     t5: bool = Field(
         True, description="SD3: load T5, by far the largest of its text encoders; without it CLIP alone reads prompts."
@@ -95,7 +101,7 @@ class ModelConfig(Settings):
 
 def check_model(m: ModelConfig) -> None:
     """Raises ValueError on settings of the model that contradict each other."""
-    loras = {"model.student_lora": m.student_lora, "model.fake_lora": m.fake_lora}
+    loras = {f"model.{name}": getattr(m, name) for name in ("student_lora", "fake_lora", "surrogate_lora")}
     for name, value in loras.items():
         if m.roles == "full" and value:
             raise ValueError(

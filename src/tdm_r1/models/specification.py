@@ -78,7 +78,7 @@ class RoleSpec:
     average: Average | None = None
     weights: Literal["lora", "full"] = "lora"
     added: AddedDelta | None = None
-    starts_from: Literal["student_lora", "fake_lora"] | None = None
+    starts_from: Literal["student_lora", "fake_lora", "surrogate_lora"] | None = None
     exported_as: str | None = None
 
     def __post_init__(self) -> None:

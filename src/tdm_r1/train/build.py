@@ -59,6 +59,7 @@ def load_starts(config: RunConfig, roles: Roles) -> None:
     starts = {
         "student_lora": (checkpoints.student_lora, config.model.student_lora_scale),
         "fake_lora": (checkpoints.fake_lora, None),
+        "surrogate_lora": (config.model.surrogate_lora, None),
     }
     for setting, (lora, strength) in starts.items():
         if lora:

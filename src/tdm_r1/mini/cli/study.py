@@ -1,35 +1,55 @@
-"""`tdm-r1 mini study`."""
+"""`tdm-r1 study`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tyro
 from rich.console import Console
 from tyro.conf import Positional
 
+from ...errors import UserError
+
 
 @dataclass
-class Study:
-    """Runs a recipe over seeds and files the figures in docs/results, as JSON and as a page.
+class StudyCommand:
+    """Compares TDM-R1 with the paper's baselines and ablations on a mini model, on equal numbers of scored images.
 
-    Seeds that an interrupted study had finished, with the same settings, are not run again.
+    Rows that are finished with the same settings are kept, so that the same command goes on where it was stopped. It
+    takes hours on two CPU cores: see --only.
     """
 
-    recipe: Positional[str] = "mini"
-    seeds: tuple[int, ...] = (0, 1, 2)
-    label: str | None = None
-    """Name in the results; 'demo' for the recipe mini, else the recipe's own."""
-    out: Path | None = None
-    """The JSON file; docs/results/TASK.json if not given."""
-    output: Path = Path("runs")
+    world: Positional[Literal["mini", "mini_signs"]] = "mini"
+    only: tuple[str, ...] = ()
+    """Rows to run, by name; all of the page's first part if none is given. --list prints them."""
+    seeds: tuple[int, ...] = (0, 1)
+    scored: int = 7680
+    """Images that each method has scored."""
+    prompts: int = 300
+    """Prompts of an evaluation, with four images each."""
+    results: Path = Path("docs/results/study")
+    """Where records, page, curves and grid go."""
+    runs: Path = Path("runs/study")
+    list: bool = False
+    """Print the rows and stop."""
 
 
 def main(args: list[str]) -> int:
-    command = tyro.cli(Study, args=args, prog="tdm-r1 mini study")
-    from ..report import study
+    command = tyro.cli(StudyCommand, args=args, prog="tdm-r1 study")
+    from ..study_rows import ROWS
 
-    label = command.label or ("demo" if command.recipe == "mini" else Path(command.recipe).stem)
-    study(command.recipe, command.seeds, label, command.output, command.out, Console())
+    if command.list:
+        for row in ROWS:
+            print(f"{row.name:<28}{row.what}")
+        return 0
+    names = {row.name for row in ROWS}
+    if unknown := [name for name in command.only if name not in names]:
+        raise UserError(f"--only = {unknown[0]!r}: no such row; --list prints them")
+    rows = [r for r in ROWS if (r.name in command.only if command.only else r.group == "methods")]
+    from ..study import Study, run_study
+
+    study = Study(command.world, command.scored, command.prompts, rows, command.seeds, command.results, command.runs)
+    run_study(study, Console())
     return 0

@@ -1,0 +1,222 @@
+"""`tdm-r1 study`: everything that the paper compares with, on equal numbers of scored images, on a mini model.
+
+A finished row is one JSON file and one strip of pictures in the results' folder, so that a study can be made in parts,
+and on several machines.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from ..config.load import load_recipe
+from ..config.run import RunConfig
+from ..core.randomness import torch_rng
+from ..errors import UserError
+from ..evaluate import pictures
+from ..evaluate.evaluation import Sampling
+from ..files import whole_folder, write_text
+from ..models.specification import Role
+from ..train.build import algorithm_of
+from ..train.run import Run
+from .bundle import bundle_path
+from .report import better
+from .study_page import write_page
+from .study_rows import BASE_GUIDANCE, BASE_STEPS, ROWS, Row
+
+DRAWS = 2  # of noise that start and end are measured on; neither training nor the curves use them
+CURVE = 4  # evaluations of a run beside the one of its start
+BACKWARD = 2  # forward passes that a backward pass costs
+SHOWN = 8  # pictures of a strip
+
+WORLDS: dict[str, dict[str, Any]] = {  # settings of every run of a study, on top of its recipe's
+    "mini": {},
+    "mini_signs": {
+        "reward": "ocr_line",
+        "model.path": "mini_signs",
+        "task.name": "mini_signs",
+        "task.weights": None,
+        "evaluation.also": ["mini"],
+    },
+}
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is to be run.
+
+    Args:
+        world: mini or mini_signs.
+        scored: images that every method has scored.
+        prompts: of an evaluation.
+        rows, seeds: those to run; finished ones are kept.
+        results: folder of the records and the page.
+        runs: folder of the runs.
+    """
+
+    world: str
+    scored: int
+    prompts: int
+    rows: Sequence[Row]
+    seeds: Sequence[int]
+    results: Path
+    runs: Path
+
+    def config(self, row: Row, seed: int) -> RunConfig:
+        """The row's settings, its budget in iterations."""
+        world = dict(WORLDS[self.world])
+        start = {} if "model.student_lora" in row.changes else {"model.student_lora": self.world}
+        changes = world | start | dict(row.changes)
+        config = load_recipe(row.recipe or "mini").override(changes)
+        iterations = max(round(self.scored / (config.batch.prompts * config.batch.group)), 1)
+        return config.override(
+            {
+                "seed": seed,
+                "output": self.runs / self.world,
+                "name": row.file(seed),
+                "iterations": iterations,
+                "evaluation.every": max(iterations // CURVE, 1),
+                "evaluation.prompts": self.prompts,
+            }
+        )
+
+    def record_of(self, row: Row, seed: int) -> Path:
+        return self.results / self.world / f"{row.file(seed)}.json"
+
+
+def run_study(study: Study, console: Console) -> None:
+    """Runs what is missing, in order, and writes the page after each row."""
+    for seed in study.seeds:
+        for row in study.rows:
+            if row.recipe is None and seed != study.seeds[0] and row.after is None:
+                continue  # nothing is random about the base and the start but the noise that all share
+            path = study.record_of(row, seed)
+            if path.exists() and _same(path, study, row, seed):
+                console.print(f"{row.name}, seed {seed}: done, {path}", markup=False)
+                continue
+            console.rule(f"{row.name}, seed {seed}: {row.what}")
+            record, images = one(study, row, seed, console)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, json.dumps(record, indent=1))
+            pictures.save_png(pictures.strip(images), path.with_suffix(".png"))
+            write_page(study.results, study.world)
+
+
+def one(study: Study, row: Row, seed: int, console: Console) -> tuple[dict[str, Any], np.ndarray]:
+    """A row's record and its pictures, uint8 [N, H, W, 3]."""
+    config = study.config(row, seed)
+    if row.after is not None:
+        config = _after(study, row, seed, config, console)
+    record: dict[str, Any] = {"row": row.name, "seed": seed, "settings": settings_of(study, row, seed)}
+    run = Run(config, console=console)
+    if row.recipe is not None:
+        _train(run, console)
+        record |= cost(run)
+        record["curve"] = curve(config)
+    elif row.model == "surrogate":
+        run.load(run.checkpoints()[-1])
+    sampling = sampling_of(row, run)
+    record["network_evaluations"] = sampling.network_evaluations
+    record["end"], images = measured(run, sampling)
+    return record, images
+
+
+def _train(run: Run, console: Console) -> None:
+    """To the end, from the last checkpoint if there is one."""
+    run.fit(resume=bool(run.checkpoints()))
+    if run.iteration < run.config.iterations:
+        raise UserError("interrupted, and no figures are filed; the same command goes on with it")
+
+
+def sampling_of(row: Row, run: Run) -> Sampling:
+    """How the row's model is sampled."""
+    if row.model in ("generator", "start"):
+        return run.few_step()
+    role = Role.TEACHER if row.model == "base" else Role.SURROGATE_EMA
+    return Sampling(role, BASE_STEPS, run.config.sampler.shift, guidance=BASE_GUIDANCE)
+
+
+def measured(run: Run, sampling: Sampling) -> tuple[list[dict[str, float]], np.ndarray]:
+    """Metrics on each draw of noise, and the first draw's first pictures."""
+    rows, images = [], np.zeros(0)
+    for k in range(DRAWS):
+        evaluator = run.evaluator()
+        evaluator.x_1 = torch.randn(evaluator.x_1.shape, generator=torch_rng(run.config.evaluation.seed, k, "study"))
+        found = evaluator(sampling)
+        rows.append({n: round(v, 4) for n, v in found.metrics.items() if better(n) or n == "reward"})
+        if k == 0:
+            images = found.images[:: run.config.evaluation.images_per_prompt][:SHOWN]
+    return rows, images
+
+
+def cost(run: Run) -> dict[str, float]:
+    """Scored images, seconds, and passes through the network; a backward pass counts as `BACKWARD` forward ones."""
+    parts = algorithm_of(run.config).evaluations(run.config).values()
+    passes = sum(part.frozen + (1 + BACKWARD) * part.trained for part in parts)
+    return {
+        "iterations": run.iteration,
+        "scored": run.scored,
+        "passes": passes * run.iteration,
+        "seconds": round(run.seconds, 1),
+    }
+
+
+def curve(config: RunConfig) -> list[dict[str, float]]:
+    """The run's evaluations."""
+    rows = [json.loads(line) for line in (config.folder / "metrics.jsonl").read_text().splitlines()]
+    names = ("iteration", "scored", "seconds")
+    return [
+        {n: row[n] for n in names}
+        | {n.removeprefix("eval/"): v for n, v in row.items() if n == "eval/reward" or better(n[5:])}
+        for row in rows
+        if "eval/reward" in row
+    ]
+
+
+def _after(study: Study, row: Row, seed: int, config: RunConfig, console: Console) -> RunConfig:
+    """The row's settings with what it takes of another row's run."""
+    assert row.after is not None
+    name, what = row.after
+    earlier = study.config(next(r for r in ROWS if r.name == name), seed)
+    if not (earlier.folder / "lora").is_dir():
+        raise UserError(f"{row.name} needs the run of {name}, seed {seed}, at {earlier.folder}: run it first (--only)")
+    if row.model == "surrogate":
+        return earlier
+    if what == "surrogate":
+        return config.override({"model.surrogate_lora": str(earlier.folder / "lora_surrogate")})
+    console.print(f"Merging {earlier.folder / 'lora'} into the base, as the teacher ...", markup=False)
+    return config.override({"model.teacher": str(merged(earlier))})
+
+
+def merged(config: RunConfig) -> Path:
+    """The base with a run's LoRA merged into it, as a pipeline folder beside the run's files."""
+    from diffusers import StableDiffusion3Pipeline
+
+    folder = config.folder / "merged"
+    if not folder.is_dir():
+        pipeline = StableDiffusion3Pipeline.from_pretrained(bundle_path(config.model.path))
+        pipeline.load_lora_weights(config.folder / "lora")
+        pipeline.fuse_lora()
+        pipeline.unload_lora_weights()
+        with whole_folder(folder) as partial:
+            pipeline.save_pretrained(partial)
+    return folder
+
+
+def settings_of(study: Study, row: Row, seed: int) -> dict[str, Any]:
+    """What a record's figures depend on, but for the code."""
+    config = study.config(row, seed).model_dump(mode="json", exclude={"output", "name", "trackers", "save_every"})
+    return {"world": study.world, "row": row.model, "after": list(row.after or ()), "config": config}
+
+
+def _same(path: Path, study: Study, row: Row, seed: int) -> bool:
+    """Whether a record is of these settings. Those of a row without a run do not depend on the budget."""
+    found: Mapping[str, Any] = json.loads(path.read_text())["settings"]
+    return found == settings_of(study, row, seed)

@@ -1,0 +1,67 @@
+"""`tdm-r1 study`: whole rows on the bundled model with tiny budgets, and the page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from tdm_r1.cli import main
+from tdm_r1.errors import UserError
+from tdm_r1.mini.study import Study, run_study
+from tdm_r1.mini.study_rows import ROWS
+
+BY_NAME = {row.name: row for row in ROWS}
+
+
+def study(folder: Path, *names: str, scored: int = 128, seeds: tuple[int, ...] = (0,)) -> Study:
+    rows = [BY_NAME[name] for name in names]
+    return Study("mini", scored, 6, rows, seeds, folder / "results", folder / "runs")
+
+
+@pytest.mark.parametrize("world", ["mini", "mini_signs"])
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_every_row_has_settings_that_can_run(world: str, row, tmp_path: Path):
+    one = Study(world, 7680, 300, [row], (0,), tmp_path, tmp_path)
+    config = one.config(row, 1)
+    assert config.iterations * config.batch.prompts * config.batch.group == 7680
+    assert config.model.path == world
+    assert (config.model.student_lora == world) or (row.name.endswith("-many") and config.sampler.guidance == 2)
+    assert len({one.record_of(r, seed) for r in ROWS for seed in (0, 1)}) == 2 * len(ROWS)
+
+
+def test_an_unknown_row_is_an_error(capsys: pytest.CaptureFixture):
+    assert main(["study", "mini", "--only", "dpgo"]) == 2
+    assert "--only = 'dpgo'" in capsys.readouterr().err
+    assert main(["study", "--list"]) == 0
+    assert "DiffusionNFT" in capsys.readouterr().out
+
+
+def test_a_row_that_needs_another_says_which(tmp_path: Path):
+    with pytest.raises(UserError, match="p-phi needs the run of tdm-r1, seed 0"):
+        run_study(study(tmp_path, "p-phi"), Console(quiet=True))
+
+
+@pytest.mark.slow
+def test_rows_are_run_once_and_the_page_shows_them(tmp_path: Path):
+    """The start, one method, the surrogate of another, the distillation from a merged teacher."""
+    names = ("start", "tdm-r1", "p-phi", "dgpo-many", "dgpo-then-tdm")
+    one = study(tmp_path, *names)
+    run_study(one, Console(quiet=True))
+    records = {name: json.loads(one.record_of(BY_NAME[name], 0).read_text()) for name in names}
+    assert [records[n]["network_evaluations"] for n in names] == [4, 4, 40, 20, 4]
+    assert records["tdm-r1"]["scored"] == records["dgpo-many"]["scored"] == 128
+    assert records["tdm-r1"]["passes"] > 128 * 20
+    assert [p["iteration"] for p in records["tdm-r1"]["curve"]] == [0, 1]
+    start, end = (records[n]["end"][0]["strict"] for n in ("start", "tdm-r1"))
+    assert 0 <= start <= 1
+    assert 0 <= end <= 1
+    page = (one.results / "mini.md").read_text()
+    for name in names:
+        assert f"| {name} |" in page
+    assert all((one.results / f"mini_{what}.png").exists() for what in ("curves", "grid"))
+    stamps = {name: one.record_of(BY_NAME[name], 0).stat().st_mtime_ns for name in names}
+    run_study(one, Console(quiet=True))
+    assert stamps == {name: one.record_of(BY_NAME[name], 0).stat().st_mtime_ns for name in names}
