@@ -5,17 +5,31 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from mixture_world import NAMES, SMALL, TEACHER, Experiment, batch_of, conditioning, experiment, gradients, reward
+from mixture_world import (
+    NAMES,
+    SMALL,
+    TEACHER,
+    Experiment,
+    batch_of,
+    conditioning,
+    experiment,
+    gradients,
+    reward,
+    with_sgd,
+)
 from tdm_r1.algorithms.metrics import Stopwatch, Sums, mean_of_each
 from tdm_r1.algorithms.protocol import Batch
+from tdm_r1.algorithms.rollout import Rollout
 from tdm_r1.algorithms.settings import BalanceConfig
 from tdm_r1.algorithms.tdm import TDM
 from tdm_r1.algorithms.tdm_r1 import TDMR1, Balance
+from tdm_r1.models.protocol import Conditioning
 from tdm_r1.models.specification import AddedDelta, Average, Role
 
 
@@ -86,7 +100,7 @@ def test_extremes_are_the_surrogates_and_the_first_the_generators():
     fit, fake, generator = algorithm.surrogate.fit, algorithm.tdm.fit_fake, algorithm.tdm.fit_generator
     algorithm.surrogate.fit = lambda r, a, rows, n: sizes["surrogate"].append((rows, a)) or fit(r, a, rows, n)
     algorithm.tdm.fit_fake = lambda r, n: sizes["fake"].append(r) or fake(r, n)
-    algorithm.tdm.fit_generator = lambda r, n, part: sizes["generator"].append(r) or generator(r, n, part)
+    algorithm.tdm.fit_generator = lambda r, n, part, m: sizes["generator"].append(r) or generator(r, n, part, m)
     found.run(1)
     rows, advantage = sizes["surrogate"][0]
     for group in advantage.reshape(4, 6):
@@ -98,6 +112,55 @@ def test_extremes_are_the_surrogates_and_the_first_the_generators():
     whole = algorithm.tdm.roll_out(_first_batch(found))
     expected = whole.trajectory.final.reshape(4, 6, 2)[:, :2].reshape(8, 2)
     torch.testing.assert_close(sizes["fake"][0].trajectory.final.flatten(1), expected, atol=0.5, rtol=0)
+
+
+@pytest.mark.parametrize("micro_batch", [30, 7])
+def test_kl_alone_moves_the_samples_without_reward(micro_batch: int):
+    """The reward's part is asked of the first rows alone, and no others are moved by it."""
+    grids = {}
+    for name in ("rows", "zeros"):
+        found = with_sgd(experiment(TDMR1, TEACHER, batch=SMALL | {"micro_batch": micro_batch}))
+        tdm, asked = found.algorithm.tdm, []
+
+        def part(x_t: Tensor, t: Tensor, c: Conditioning, asked=asked) -> Tensor:
+            asked.append(len(x_t))
+            return torch.full_like(x_t, 3.0)
+
+        whole = Rollout.join([tdm.roll_out(batch_of(24)), tdm.roll_out(batch_of(6, seed=1))])
+        seen = 0
+
+        def masked(x_t: Tensor, t: Tensor, c: Conditioning) -> Tensor:
+            nonlocal seen
+            rows = torch.arange(seen, seen + len(x_t))
+            seen += len(x_t)
+            return torch.where(rows < 24, 3.0, 0.0).reshape(-1, 1, 1, 1) * torch.ones_like(x_t)
+
+        noise = torch.Generator().manual_seed(4)
+        metrics = (
+            tdm.fit_generator(whole, noise, part, 24) if name == "rows" else tdm.fit_generator(whole, noise, masked)
+        )
+        grids[name] = gradients(found, Role.GENERATOR), metrics
+        assert sum(asked) == (24 if name == "rows" else 0)
+    for n, p in grids["rows"][0].items():
+        torch.testing.assert_close(p, grids["zeros"][0][n])
+    assert grids["rows"][1]["generator/reward_part"] == pytest.approx(
+        grids["zeros"][1]["generator/reward_part"] * 30 / 24
+    )
+
+
+def test_samples_without_reward_are_for_fake_score_and_generator_alone():
+    found = experiment(TDMR1, TEACHER, batch=SMALL)
+    seen: dict[str, int] = {}
+    for name in ("fit_fake", "fit_generator"):
+        real = getattr(found.algorithm.tdm, name)
+        setattr(
+            found.algorithm.tdm, name, lambda r, *a, real=real, name=name: seen.update({name: len(r)}) or real(r, *a)
+        )
+    fit = found.algorithm.surrogate.fit
+    found.algorithm.surrogate.fit = lambda r, *a: seen.update(surrogate=len(r)) or fit(r, *a)
+    b, more = batch_of(24, 6), batch_of(5, seed=1)
+    found.algorithm.step(replace(b, kl=more.conditioning, kl_x_1=more.x_1))
+    assert seen == {"surrogate": 24, "fit_fake": 29, "fit_generator": 29}
 
 
 def _first_batch(found: Experiment) -> Batch:

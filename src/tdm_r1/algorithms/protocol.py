@@ -27,6 +27,8 @@ class Batch:
         group: samples of a prompt, G.
         noise: for everything that the iteration draws; on the CPU, so that it is the same on every machine.
         score: decodes final latents [B, C, H, W] and scores them: float64 [B] on the CPU, NaN where a score is missing.
+        kl: conditioning of samples, one a prompt, that no reward is asked for: KL alone holds the generator there.
+        kl_x_1: their noise, [N, C, H, W].
     """
 
     conditioning: Conditioning
@@ -34,6 +36,8 @@ class Batch:
     group: int
     noise: torch.Generator
     score: Callable[[Tensor], Tensor]
+    kl: Conditioning | None = None
+    kl_x_1: Tensor | None = None
 
 
 @dataclass(frozen=True)

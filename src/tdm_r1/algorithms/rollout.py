@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,6 +32,14 @@ class Rollout:
     def rows(self, rows: Tensor) -> Rollout:
         """The samples in ``rows`` [N] (int64)."""
         return Rollout(self.trajectory.rows(rows), self.conditioning.rows(rows))
+
+    @staticmethod
+    def join(parts: Sequence[Rollout]) -> Rollout:
+        """Several on the same grid, one after the other."""
+        trajectories = [part.trajectory for part in parts]
+        points, clean = (torch.cat([getattr(t, name) for t in trajectories], 1) for name in ("points", "clean"))
+        trajectory = solvers.Trajectory(trajectories[0].grid, points, clean)
+        return Rollout(trajectory, Conditioning.join([part.conditioning for part in parts]))
 
     def micro_batches(self, size: int) -> Iterator[Tensor]:
         """Row indices of at most ``size`` samples at a time."""

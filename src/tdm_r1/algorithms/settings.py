@@ -41,6 +41,12 @@ class BatchConfig(Settings):
         description="Samples per group used in each update; default: all (ours). The surrogate uses those with the "
         "highest and lowest scores.",
     )
+    kl_prompts: int = Field(
+        0,
+        ge=0,
+        description="More prompts per iteration, of one sample each, without reward: KL alone holds the generator "
+        "there, so that what is not rewarded is not lost. They are drawn from task.kl; default: none, ours.",
+    )
     micro_batch: int = Field(
         128, ge=1, description="Samples that go through the network at once; does not affect results."
     )
@@ -267,6 +273,8 @@ def check_whole_groups(settings: AlgorithmSettings) -> None:
     """Raises ValueError where a group cannot be compared as a whole."""
     b, name = settings.batch, settings.algorithm
     check_groups(b)
+    if b.kl_prompts:
+        raise ValueError(f"batch.kl_prompts = {b.kl_prompts}: {name} has none; set it to 0, or use tdm_r1")
     if b.trained is not None:
         raise ValueError(f"batch.trained = {b.trained}: {name} trains on all samples; set it to null")
     if b.micro_batch < b.group:

@@ -59,8 +59,14 @@ class TDM(Algorithm):
 
     def roll_out(self, batch: Batch) -> Rollout:
         """The generator's trajectories, keeping every x_{t_k}."""
-        b, role = batch, Role.GENERATOR
-        return roll_out(self.roles, role, b.conditioning, b.x_1, self.sampler, b.noise, micro_batch=self.micro_batch)
+        return self._roll_out(batch.conditioning, batch.x_1, batch.noise)
+
+    def roll_out_for_kl(self, batch: Batch) -> list[Rollout]:
+        """The same of the samples without reward; empty if there are none."""
+        return [] if batch.kl is None or batch.kl_x_1 is None else [self._roll_out(batch.kl, batch.kl_x_1, batch.noise)]
+
+    def _roll_out(self, c: Conditioning, x_1: Tensor, noise: torch.Generator) -> Rollout:
+        return roll_out(self.roles, Role.GENERATOR, c, x_1, self.sampler, noise, micro_batch=self.micro_batch)
 
     def fit_fake(self, rollout: Rollout, noise: torch.Generator) -> dict[str, float]:
         """Eq. 1: the fake score learns to denoise the generator's own samples, at all K steps.
@@ -86,10 +92,19 @@ class TDM(Algorithm):
         return sums.read() | _named(fake, self.optimizers[fake].step())
 
     def fit_generator(
-        self, rollout: Rollout, noise: torch.Generator, reward_part: RewardPart | None = None
+        self,
+        rollout: Rollout,
+        noise: torch.Generator,
+        reward_part: RewardPart | None = None,
+        rewarded: int | None = None,
     ) -> dict[str, float]:
-        """Eq. 2 and 10: moves one step of every trajectory along the distribution-level KL, and the reward's part."""
+        """Eq. 2 and 10: moves one step of every trajectory along the distribution-level KL, and the reward's part.
+
+        Args:
+            rewarded: the reward's part is for the first so many samples; None for all.
+        """
         trajectory, n, sums = rollout.trajectory, len(rollout), Sums()
+        rewarded = (n if rewarded is None else rewarded) if reward_part else 0
         index = torch.randint(trajectory.steps, (n,), generator=noise)
         t = draw_times(trajectory, index, noise, noise_range=self.config.noise_range)
         eps, eps_step = (torch.randn(trajectory.final.shape, generator=noise).to(t.device) for _ in range(2))
@@ -101,17 +116,21 @@ class TDM(Algorithm):
                 with torch.no_grad():  # the direction of Eq. 2 and 11 is a stop-gradient
                     x_t = flow.renoise(self._next(here, i, x0, eps_step[rows]), eps[rows], here.time(i + 1), t[rows])
                     kl, x0_teacher = self.matching_direction(x_t, t[rows], c, i)
-                    reward = reward_part(x_t, t[rows], c) if reward_part else torch.zeros_like(kl)
+                    reward = torch.zeros_like(kl)
+                    own = (rows < rewarded).nonzero()[:, 0]
+                    if reward_part and len(own):
+                        reward[own] = reward_part(x_t[own], t[rows][own], c.rows(own))
                     norm = losses.magnitude(x0, x0_teacher, floor=self.config.normalizer_floor)
                     direction = (kl + reward) / flow.expand(norm, kl)
                 (losses.follow(x0, direction).sum() / n).backward()
             share = len(rows) / n
             sums.add("generator/kl_part", (kl.abs().flatten(1).mean(1) / norm).mean(), share)
             sums.add("generator/normalizer", norm.mean(), share)
-            if reward_part:
-                sums.add("generator/reward_part", (reward.abs().flatten(1).mean(1) / norm).mean(), share)
-                cosine = nn.functional.cosine_similarity(kl.flatten(1), reward.flatten(1))
-                sums.add("generator/kl_reward_cosine", cosine.mean(), share)
+            if len(own):
+                size = reward[own].abs().flatten(1).mean(1) / norm[own]
+                cosine = nn.functional.cosine_similarity(kl[own].flatten(1), reward[own].flatten(1))
+                sums.add("generator/reward_part", size.sum(), 1 / rewarded)
+                sums.add("generator/kl_reward_cosine", cosine.sum(), 1 / rewarded)
         metrics = sums.read() | _named(Role.GENERATOR, self.optimizers[Role.GENERATOR].step())
         self.roles.update_averages(Role.GENERATOR, updates=self.optimizers[Role.GENERATOR].updates)
         return metrics
@@ -213,13 +232,21 @@ def fake_roles(config: TDMConfig) -> tuple[Role, ...]:
     return (Role.FAKE,) if config.fake_scores == "one" else (Role.FAKE, Role.FAKE_FINAL)
 
 
-def evaluations(c: AlgorithmSettings, trained: int, *, reward: int) -> dict[str, Evaluations]:
-    """What rollout, fake score and generator cost; ``reward``: evaluations of the reward's part for each sample."""
-    teacher = 1 if c.tdm.teacher_guidance == 1 else 2
+def evaluations(c: AlgorithmSettings, trained: int, *, reward: int, beside: int = 0) -> dict[str, Evaluations]:
+    """What rollout, fake score and generator cost.
+
+    Args:
+        trained: samples that are scored and trained on.
+        reward: evaluations of the reward's part for each of them.
+        beside: samples without reward.
+    """
+    teacher, everything = 1 if c.tdm.teacher_guidance == 1 else 2, trained + beside
     return {
-        "rollout": Evaluations(c.sampler.steps * c.batch.prompts * c.batch.group),
-        "fake score": Evaluations(0, c.tdm.fake_steps * trained, Role.FAKE),
-        "generator": Evaluations((teacher + 1 + reward) * trained, trained, Role.GENERATOR, teacher, nested=True),
+        "rollout": Evaluations(c.sampler.steps * (c.batch.prompts * c.batch.group + beside)),
+        "fake score": Evaluations(0, c.tdm.fake_steps * everything, Role.FAKE),
+        "generator": Evaluations(
+            (teacher + 1) * everything + reward * trained, everything, Role.GENERATOR, teacher, nested=True
+        ),
     }
 
 

@@ -24,6 +24,7 @@ from . import tdm
 from .metrics import Stopwatch, mean_of_each
 from .optimizer_settings import OptimizerConfig
 from .protocol import Algorithm, Batch, Evaluations
+from .rollout import Rollout
 from .settings import AlgorithmSettings, BalanceConfig, check_tdm_r1
 from .surrogate import Surrogate
 from .tdm import TDM
@@ -67,13 +68,16 @@ class TDMR1(Algorithm):
         # 5. The fake score follows the generator's own samples (Eq. 1): the first of each group, not its extremes.
         first = torch.arange(len(rollout)).reshape(-1, batch.group)[:, : self.trained].flatten()
         rollout = rollout.rows(first)
+        rewarded = len(rollout)
+        with seconds("rollout"):  # and those that no reward is asked for: KL alone holds the generator there
+            rollout = Rollout.join([rollout, *self.tdm.roll_out_for_kl(batch)])
         with seconds("fake"):
             fits = range(self.tdm.config.fake_steps)
             metrics |= mean_of_each([self.tdm.fit_fake(rollout, noise) for _ in fits])
 
         # 6. The generator moves along reward and KL (Eq. 10, 11).
         with seconds("generator"):
-            metrics |= self.tdm.fit_generator(rollout, noise, self.reward_part)
+            metrics |= self.tdm.fit_generator(rollout, noise, self.reward_part, rewarded)
         self.balance.update(metrics["generator/reward_part"], metrics["generator/kl_part"])
         return metrics | {"generator/reward_scale": self.balance.scale} | seconds.read()
 
@@ -129,7 +133,7 @@ class TDMR1(Algorithm):
         split = not anchored and b.trained_of_group > b.micro_batch  # a group then takes two passes
         frozen = 1 + baseline + 2 * split
         measured = min(c.measured_groups, b.prompts) * b.group
-        return tdm.evaluations(settings, trained, reward=2) | {
+        return tdm.evaluations(settings, trained, reward=2, beside=b.kl_prompts) | {
             "surrogate": Evaluations(c.draws * frozen * trained, c.draws * trained, Role.SURROGATE),
             "diagnostics": Evaluations((1 + baseline + 1 + 2) * measured),
         }

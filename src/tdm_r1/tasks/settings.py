@@ -30,6 +30,10 @@ class TaskConfig(Settings):
     weights: dict[str, float] | None = Field(
         None, description="Share of each family in training; default: equal (mini), Flow-GRPO's (geneval)."
     )
+    kl: str | None = Field(
+        None,
+        description="Where batch.kl_prompts are drawn from: a task's name or a file of prompts; default: this task.",
+    )
     settings: dict[str, Any] = Field({}, description="Settings of a task of your own.")
 
     @field_validator("name")

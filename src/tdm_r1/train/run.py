@@ -19,10 +19,11 @@ from ..errors import UserError
 from ..evaluate.evaluation import Evaluation, Evaluator, Sampling, mean_of
 from ..models.embedder import Embedder
 from ..models.load import load_backbones
+from ..models.protocol import Conditioning
 from ..models.specification import evaluated
 from ..rewards.registry import named
 from ..rewards.scores import Reward
-from ..tasks.load import load_task
+from ..tasks.load import load_kl_task, load_task
 from ..tasks.settings import TaskConfig
 from .build import algorithm_of, build_roles, load_starts, task_and_scorer
 from .checkpoint import DamagedError, load_state, save_state
@@ -51,6 +52,7 @@ class Run:
         self.folder = config.folder
         self.files = RunFolder(config.folder)
         self.by_function = reward is not None
+        self.kl_task = load_kl_task(config.task)
         self.task, self.scorer = task_and_scorer(config, reward)
         self.reporter = Reporter(config, self.files, self.console)
         self.backbone, teacher = load_backbones(config.model)
@@ -83,10 +85,22 @@ class Run:
             return torch.from_numpy(scores.values)
 
         noise = torch_rng(c.seed, i, "algorithm")
+        batch = Batch(conditioning, x_1, c.batch.group, noise, score, *self._without_reward())
         with peak_memory(x_1.device) as memory:
-            metrics = self.algorithm.step(Batch(conditioning, x_1, c.batch.group, noise, score))
+            metrics = self.algorithm.step(batch)
         self.iteration += 1
         return metrics | parts | memory
+
+    def _without_reward(self) -> tuple[Conditioning, Tensor] | tuple[()]:
+        """Conditioning and noise of the samples that KL alone is for."""
+        c, i = self.config, self.iteration
+        if not c.batch.kl_prompts:
+            return ()
+        prompts = self.kl_task.train_prompts(c.batch.kl_prompts, numpy_rng(c.seed, i, "KL prompts"))
+        conditioning = self.embed([p.text for p in prompts])
+        shape = (len(prompts), *self.backbone.latent_shape)
+        x_1 = torch.randn(shape, generator=torch_rng(c.seed, i, "initial noise without reward"))
+        return conditioning, x_1.to(conditioning.device)
 
     # -------------------------------------------------------------------------------------- the loop
 
