@@ -10,6 +10,7 @@ from ..errors import UserError
 
 COMMANDS = {  # name: (module, what help says of it)
     "train": ("tdm_r1.cli.train", "RECIPE: reinforce (or distil) a few-step model; settings by dotted name"),
+    "doctor": ("tdm_r1.cli.doctor", "RECIPE: checks everything that a run needs, before it is started"),
     "distill": ("tdm_r1.cli.distill", "RECIPE: TDM distillation of a many-step model to few steps"),
     "sample": ("tdm_r1.cli.sample", "images from a model and a LoRA"),
     "eval": ("tdm_r1.cli.eval", "RECIPE: a table of LoRAs and the many-step base: reward and held-out metrics"),
@@ -80,6 +81,6 @@ def _quiet_libraries() -> None:
 
     They read these variables when they are imported, which is before anybody could call them.
     """
-    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY", "HF_HUB_VERBOSITY"):
         os.environ.setdefault(name, "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -223,9 +223,14 @@ def load_backbone(path: str, *, family: str | None = None, **options: Unpack[Loa
     if family is not None:
         kind: type[PipelineBackbone] = FAMILIES.load(family)
     else:
-        with _hub_errors(path):
-            kind = family_of(_pipeline_class(path), path)
+        kind = family_of(pipeline_class(path), path)
     return kind.load(path, **options)
+
+
+def pipeline_class(path: str) -> str:
+    """The class of the pipeline at a hub id or in a local folder. Raises ValueError that says why it cannot be had."""
+    with _hub_errors(path):
+        return _pipeline_class(path)
 
 
 @contextmanager

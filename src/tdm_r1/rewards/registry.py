@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -31,6 +32,7 @@ class Entry:
         check: ``module:name`` of a function of a prompt and its metadata that raises UserError or ValueError if the
             reward cannot score it.
         licence: of weights or of the engine, as far as its authors state one.
+        bounds: between which a score of any picture lies.
     """
 
     summary: str
@@ -43,6 +45,7 @@ class Entry:
     blind: bool = False
     check: str | None = None
     licence: str = "Apache-2.0"
+    bounds: tuple[float, float] = (-math.inf, math.inf)
 
     def lacking(self) -> list[str]:
         """Modules that are not installed."""
@@ -62,6 +65,7 @@ OCR = Entry(
     modules=("rapidocr", "onnxruntime", "rapidfuzz"),
     check=f"{HERE}.ocr:target_of",
     licence="Apache-2.0 (PP-OCR)",
+    bounds=(0, 1),
 )
 GENEVAL = Entry(
     "GenEval, graded as in Flow-GRPO, in [0, 1].",
@@ -70,18 +74,22 @@ GENEVAL = Entry(
     weights=("facebook/mask2former-swin-small-coco-instance", "openai/clip-vit-large-patch14"),
     check="tdm_r1.tasks.geneval_protocol:require_metadata",
     licence="MIT (CLIP); see the detector's card",
+    bounds=(0, 1),
 )
 
 
 def _hps(summary: str, version: str) -> Entry:
     weights = (f"xswu/HPSv2:HPS_v{version}_compressed.pt", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K")
     factory = f"{HERE}.preference:HPSv2"
-    return Entry(summary, factory, {"version": version}, weights=weights, licence="Apache-2.0 (HPSv2)")
+    return Entry(summary, factory, {"version": version}, weights=weights, licence="Apache-2.0 (HPSv2)", bounds=(0, 0.5))
 
 
 BUILT_IN: dict[str, Entry] = {
     "mini": Entry(
-        "Agreement with the mini world's prompts, half strict, half graded, in [0, 1].", "tdm_r1.mini.task:reward", None
+        "Agreement with the mini world's prompts, half strict, half graded, in [0, 1].",
+        "tdm_r1.mini.task:reward",
+        None,
+        bounds=(0, 1),
     ),
     "ocr": OCR,
     "ocr_line": replace(
@@ -101,11 +109,13 @@ BUILT_IN: dict[str, Entry] = {
         f"{HERE}.preference:PickScore",
         weights=("yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K:preprocessor_config.json"),
         licence="see the model's card",
+        bounds=(10, 30),
     ),
     "imagereward": Entry(
         "ImageReward v1.0, about -2 to 2.",
         f"{HERE}.image_reward:ImageReward",
         weights=("THUDM/ImageReward:ImageReward.pt", "google-bert/bert-base-uncased:tokenizer.json"),
+        bounds=(-4, 4),
     ),
     "vlm": Entry(
         "A judge behind OpenAI's chat interface (OPENAI_BASE_URL, OPENAI_API_KEY), 1 to 5.",
@@ -114,6 +124,7 @@ BUILT_IN: dict[str, Entry] = {
         modules=("openai",),
         environment=("OPENAI_API_KEY",),
         licence="the judge's own",
+        bounds=(1, 5),
     ),
     "hpsv2": _hps("HPS v2, about 0.2 to 0.35.", "2"),
     "hpsv2.1": _hps("HPS v2.1, about 0.2 to 0.35; not comparable with v2.", "2.1"),
@@ -122,6 +133,7 @@ BUILT_IN: dict[str, Entry] = {
         f"{HERE}.preference:CLIPScore",
         weights=("openai/clip-vit-large-patch14",),
         licence="MIT (CLIP)",
+        bounds=(0, 2.5),
     ),
     "aesthetic": Entry(
         "LAION's aesthetic predictor, about 1 to 10; does not use the prompt.",
@@ -129,6 +141,7 @@ BUILT_IN: dict[str, Entry] = {
         weights=("openai/clip-vit-large-patch14", "trl-lib/ddpo-aesthetic-predictor:aesthetic-model.pth"),
         blind=True,
         licence="MIT (CLIP); see the head's card",
+        bounds=(-5, 15),
     ),
     "brisque": Entry(
         "Minus BRISQUE, about -100 to 0: how natural a photograph looks; does not use the prompt.",
@@ -137,12 +150,17 @@ BUILT_IN: dict[str, Entry] = {
         modules=("brisque", "cv2"),
         blind=True,
         licence="Apache-2.0 (package); see its model's origin",
+        bounds=(-150, 10),
     ),
     "jpeg_incompressibility": Entry(
-        "Size as JPEG of quality 95, in kB (DDPO).", f"{HERE}.jpeg:incompressibility", None, blind=True
+        "Size as JPEG of quality 95, in kB (DDPO).", f"{HERE}.jpeg:incompressibility", None, blind=True, bounds=(0, 1e5)
     ),
     "jpeg_compressibility": Entry(
-        "Minus the size as JPEG of quality 95, in kB (DDPO).", f"{HERE}.jpeg:compressibility", None, blind=True
+        "Minus the size as JPEG of quality 95, in kB (DDPO).",
+        f"{HERE}.jpeg:compressibility",
+        None,
+        blind=True,
+        bounds=(-1e5, 0),
     ),
 }
 
