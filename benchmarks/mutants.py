@@ -3,16 +3,18 @@
 Run: ``make mutants`` (mutmut changes `core/` and `algorithms/`, one expression at a time, and runs the fast tests that
 touch the function; about two hours on two cores, and it goes on where it was stopped). Writes
 docs/results/mutants.json and .md. Without ``--run`` it reads what an earlier run left in `mutants/`.
-``benchmarks/mutants.yaml`` has the reason for each survivor that was read.
+``benchmarks/mutants.yaml`` has the reason for each survivor that was read: by function and change, or by a pattern.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -34,11 +36,11 @@ def main() -> None:
         found |= json.loads(meta.read_text())["exit_code_by_key"]
     checked = {key: code for key, code in found.items() if code is not None}
     caught = [key for key, code in checked.items() if code in KILLED | TIMEOUT]
-    reasons = {(r["function"], r["change"]): r["why"] for r in yaml.safe_load(REASONS.read_text()) or ()}
+    reasons = yaml.safe_load(REASONS.read_text()) or ()
     survivors = []
     for key in sorted(set(checked) - set(caught)):
         function, change = key.rpartition("__mutmut_")[0], change_of(key)
-        survivors.append({"function": function, "change": change, "why": reasons.get((function, change), "")})
+        survivors.append({"function": function, "change": change, "why": reason(reasons, function, change)})
     result = {
         "mutants": len(found),
         "checked": len(checked),
@@ -49,6 +51,15 @@ def main() -> None:
     args.out.write_text(json.dumps(result, indent=1))
     args.out.with_suffix(".md").write_text(page(result))
     print(f"{len(caught)} of {len(checked)} tried were caught ({100 * len(caught) / len(checked):.1f} %)")
+
+
+def reason(reasons: Sequence[dict[str, str]], function: str, change: str) -> str:
+    """Of the first entry for the function and this very change, or whose pattern the change matches; "" if none is."""
+    for entry in reasons:
+        own = entry.get("function") in (None, function) and entry.get("change") in (None, change)
+        if own and ("pattern" not in entry or re.search(entry["pattern"], change)):
+            return entry["why"]
+    return ""
 
 
 def by_file(checked: dict[str, int], caught: set[str]) -> dict[str, tuple[int, int]]:

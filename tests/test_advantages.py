@@ -90,3 +90,25 @@ def test_extremes_of_a_group():
     torch.testing.assert_close(group_advantages(r, keep=6).advantage, group_advantages(r).advantage)
     odd = group_advantages(torch.tensor([[0.0, 0.0, 1.0, 1.0, 2.0, 2.0]]), keep=3)  # ties: the first in the batch
     assert odd.used.tolist() == [[True, False, False, False, True, True]]
+
+
+def test_metrics_of_the_rewards():
+    rewards = torch.tensor([[1.0, 3.0, 5.0, 7.0], [2.0, 2.0, math.nan, 2.0], [4.0, math.nan, math.nan, 8.0]])
+    metrics = group_advantages(rewards).metrics(rewards.flatten())
+    assert metrics == {
+        "reward/mean": pytest.approx(float(rewards.nanmean())),
+        "reward/group_std": pytest.approx((5**0.5 + 0 + 2) / 3),
+        "reward/missing": 3,
+        "reward/skipped_groups": 1,
+    }
+
+
+def test_a_group_with_one_score_has_a_spread_of_zero():
+    std, differs = spread(np.array([[3.0, np.nan], [1, 5], [np.nan, np.nan]]))
+    assert std.tolist() == [0, 2, 0]
+    assert differs.tolist() == [False, True, False]
+
+
+def test_two_samples_of_a_group_are_enough():
+    out = group_advantages(torch.tensor([[0.0, 1.0, math.nan], [2.0, math.nan, math.nan]]), keep=2)
+    torch.testing.assert_close(out.advantage, torch.tensor([[-1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]))

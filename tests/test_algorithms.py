@@ -193,6 +193,9 @@ def test_the_controller_moves_slowly_towards_the_ratio_and_stays_in_bounds():
     balance.update(1.0, 100.0)
     balance.update(1.0, 100.0)
     assert balance.scale == 5.0
+    assert one_step(1.0, 1e6) == pytest.approx(4.0 * math.exp(0.1))  # by at most the rate, either way
+    assert one_step(1.0, 1e-6) == pytest.approx(4.0 * math.exp(-0.1))
+    assert one_step(3.0, 1.0) == pytest.approx(4.0 * math.exp(0.1 * math.log(2 / 3)))
     for _ in range(9):
         balance.update(1.0, 1e-9)
     assert balance.scale == 3.5
@@ -202,6 +205,12 @@ def test_the_controller_moves_slowly_towards_the_ratio_and_stays_in_bounds():
     fixed = Balance(BalanceConfig(scale=4.0))
     fixed.update(1.0, 50.0)
     assert fixed.scale == 4.0
+
+
+def one_step(reward_part: float, kl_part: float) -> float:
+    balance = Balance(BalanceConfig(policy="ratio", scale=4.0, ratio=2.0, rate=0.1, bounds=(0.1, 50.0)))
+    balance.update(reward_part, kl_part)
+    return balance.scale
 
 
 def test_a_controlled_scale_goes_on_unless_another_start_is_set():

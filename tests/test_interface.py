@@ -75,6 +75,18 @@ def test_recipes_resolve_and_round_trip(name: str, tmp_path: Path):
             {"algorithm": "tdm", "batch": {"prompts": 1, "group": 1}, "tdm": {"fake_scores": "two"}},
             r"tdm\.fake_scores = two with one sample an iteration",
         ),
+        (
+            {"tdm": {"fake_scores": "two"}, "surrogate": {"reference": "fake"}},
+            r"^surrogate\.reference = fake with tdm\.fake_scores = two: which of them is not defined; set "
+            r"tdm\.fake_scores to one, or use another reference$",
+        ),
+        ({"batch": {"group": 8, "trained": 9}}, r"^batch\.trained = 9 is more than batch\.group = 8: lower it$"),
+        ({"surrogate": {"draws": 0}}, r"^surrogate\.draws = 0 without model\.surrogate_lora"),
+        (
+            {"surrogate": {"weights": "full"}, "model": {"surrogate_lora": "here"}},
+            r"^model\.surrogate_lora = 'here' with surrogate\.weights = full",
+        ),
+        ({"algorithm": "nft", "batch": {"kl_prompts": 4}}, r"^batch\.kl_prompts = 4: nft has none"),
         ({"seed": -1}, r"seed = -1: .*greater than or equal to 0"),
         ({"evaluation": {"seed": -1}}, r"evaluation\.seed = -1: .*greater than or equal to 0"),
         (
@@ -97,6 +109,14 @@ def test_bad_configuration_names_field_value_and_fix(values: dict, message: str)
     with pytest.raises(UserError, match=message) as error:
         validate(values)
     assert "\n" not in str(error.value)
+
+
+def test_settings_at_the_edge_are_taken():
+    two = {"fake_scores": "two"}
+    validate({"algorithm": "tdm", "batch": {"prompts": 2, "group": 1}, "tdm": two, "sampler": {"steps": 2}})
+    validate({"batch": {"group": 2, "trained": 2}})
+    validate({"tdm": two, "surrogate": {"reference": "static"}})
+    validate({"surrogate": {"reference": "fake"}})
 
 
 def test_a_recipe_extends_another_key_by_key(tmp_path: Path):

@@ -115,3 +115,38 @@ def test_unknown_solver():
     t = torch.ones(())
     with pytest.raises(ValueError, match="known are euler, dpm, stochastic"):
         solvers.solver_step("heun", x, x, x, t, t, t)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("solver", ["euler", "dpm", "stochastic"])
+def test_sampling_is_the_solvers_step_on_the_grids_times(solver: solvers.Solver):
+    """Each step with the clean prediction before it, and the noise of its own number."""
+    grid, x_1 = flow.few_step_grid(3, 3.0), torch.randn(5, 2)
+    noises, asked = [torch.randn(5, 2).double() for _ in range(3)], []
+
+    def noise(step: int) -> torch.Tensor:
+        asked.append(step)
+        return noises[step]
+
+    found = solvers.sample(lambda x, t: x * t[:, None] + 0.3, x_1, grid, solver=solver, noise=noise)
+    assert found.points.dtype == torch.float32
+    assert asked == ([0, 1, 2] if solver == "stochastic" else [])
+    times = grid.float()
+    for i in range(3):
+        x = found.points[i]
+        x0 = x - times[i] * (x * times[i] + 0.3)
+        torch.testing.assert_close(found.clean[i], x0)
+        before, t_before = (found.clean[i - 1], times[i - 1]) if i else (x0, times[0])
+        step = solvers.solver_step(solver, x0, before, x, t_before, times[i], times[i + 1], noises[i].float())
+        torch.testing.assert_close(found.points[i + 1], step)
+
+
+def test_a_grid_of_one_step():
+    assert flow.few_step_grid(1, 3.0).tolist() == [1, 0]
+    with pytest.raises(ValueError, match=r"^steps = 0: a grid needs at least 1 step$"):
+        flow.few_step_grid(0, 3.0)
+
+
+def test_the_stochastic_solver_asks_for_noise():
+    zero = torch.zeros(2, 1)
+    with pytest.raises(ValueError, match=r"^solver = 'stochastic' needs noise at every step$"):
+        solvers.solver_step("stochastic", zero, zero, zero, torch.ones(2), torch.ones(2), torch.zeros(2))
