@@ -215,7 +215,7 @@ def one_step(reward_part: float, kl_part: float) -> float:
 
 def test_a_controlled_scale_goes_on_unless_another_start_is_set():
     saved = Balance(BalanceConfig(policy="ratio", scale=4.0))
-    saved.scale = 7.0
+    saved.controller.value = 7.0
     for config, expected in (
         (BalanceConfig(policy="ratio", scale=4.0), 7.0),
         (BalanceConfig(policy="ratio", scale=5.0), 5.0),

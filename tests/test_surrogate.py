@@ -251,3 +251,33 @@ def test_the_probe_keeps_its_first_points():
     assert math.isnan(probe.cosine(*points[0], direction))
     assert probe.cosine(*points[1], direction) == pytest.approx(1.0)
     assert probe.cosine(*points[2], lambda *p: -direction(*p)) == pytest.approx(-1.0)
+
+
+def test_kappa_falls_while_phi_is_too_far_and_rises_up_to_its_setting():
+    settings = {"loss": "anchored", "kappa": 2.0, "draws": 3, "distance_limit": 1e-30}
+    far = experiment(TDMR1, TEACHER, batch=SMALL, surrogate=settings)
+    first, second = far.run(2)
+    rate = [math.exp(-0.05 * k) for k in range(7)]
+    assert first["surrogate/kappa"] == pytest.approx(2.0 * sum(rate[0:3]) / 3)  # at first phi is its reference
+    assert second["surrogate/kappa"] == pytest.approx(2.0 * sum(rate[3:6]) / 3)
+    near = experiment(TDMR1, TEACHER, batch=SMALL, surrogate=settings | {"distance_limit": 1e9})
+    near.algorithm.load_state(far.algorithm.state())
+    assert near.algorithm.surrogate.kappa.value == far.algorithm.surrogate.kappa.value < 2
+    near.run(3)
+    assert near.algorithm.surrogate.kappa.value == 2.0
+    free = experiment(TDMR1, TEACHER, batch=SMALL, surrogate=settings | {"distance_limit": None})
+    assert free.run(1)[0]["surrogate/kappa"] == 2.0
+
+
+def test_the_target_is_scaled_by_the_kappa_that_is_controlled():
+    """Phi's first gradient is in proportion to kappa: at phi = ref the residual is the target alone."""
+    moved = {}
+    for value in (1.0, 0.25):
+        one = with_sgd(experiment(TDMR1, TEACHER, batch=SMALL, surrogate={"loss": "anchored", "draws": 1}))
+        one.algorithm.surrogate.kappa.value = value
+        before = gradients(one, Role.SURROGATE)
+        one.run(1)
+        moved[value] = {n: p - before[n] for n, p in gradients(one, Role.SURROGATE).items()}
+    for n, change in moved[1.0].items():
+        assert float(change.abs().max()) > 1e-4
+        torch.testing.assert_close(0.25 * change, moved[0.25][n], atol=1e-6, rtol=1e-3)

@@ -116,6 +116,13 @@ class SurrogateConfig(Settings):
     )
     beta: float = Field(100.0, gt=0, description="default: paper; tied to losses that are means over dimensions.")
     kappa: float = Field(1.0, gt=0, description="Scale of the anchored target; default: ours.")
+    distance_limit: float | None = Field(
+        None,
+        gt=0,
+        description="Largest mean |v_phi - v_ref|^2 with the anchored loss: a controller lowers kappa while phi is "
+        "further away, so that a reward that is easy to predict moves the model no more than others; null for no "
+        "limit; default: ours.",
+    )
     measured_groups: int = Field(
         2, ge=0, description="Fresh groups per iteration on which phi is measured first; default: ours."
     )

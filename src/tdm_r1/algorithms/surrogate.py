@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +13,15 @@ from ..core import flow, losses
 from ..models.protocol import Conditioning, in_parts
 from ..models.roles import Roles
 from ..models.specification import Role
+from .controller import Controller
 from .metrics import Sums
 from .optimizer import Optimizer
 from .rollout import Draw, Rollout, draw_points
 from .settings import AlgorithmSettings
 from .tdm import TDM, RewardPart
+
+KAPPA_RATE = 0.05  # of the controller that keeps phi within `distance_limit`, an update
+KAPPA_LEAST = 0.01  # of kappa, to which it goes down at most
 
 
 class Surrogate:
@@ -30,6 +36,7 @@ class Surrogate:
         self.group_size, self.micro_batch = settings.batch.group, settings.batch.micro_batch
         total = settings.iterations * self.config.draws
         self.optimizer = Optimizer(roles.parameters(Role.SURROGATE), self.config.optimizer, total=total)
+        self.kappa = Controller(self.config.kappa, KAPPA_RATE, (KAPPA_LEAST * self.config.kappa, self.config.kappa))
         self.probe = Probe()
 
     def fit(self, rollout: Rollout, advantage: Tensor, rows: Tensor, noise: torch.Generator) -> dict[str, float]:
@@ -60,13 +67,21 @@ class Surrogate:
                     draw.s[part],
                     t,
                     advantage[part],
-                    kappa=self.config.kappa,
+                    kappa=self.kappa.value,
                 )
                 (loss.sum() / n).backward()
             sums.add("surrogate/loss", loss.sum(), 1 / n)
             gap = (v_phi.detach() - v_ref).square().mean()
             sums.add("surrogate/distance_from_reference", gap, len(part) / n)
-        return sums.read()
+        return self._within_distance(sums.read())
+
+    def _within_distance(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Lowers the targets while phi is further from its reference than it may be, and raises them again up to
+        kappa: the distance grows with the square of kappa."""
+        limit, distance = self.config.distance_limit, metrics["surrogate/distance_from_reference"]
+        if limit is not None and distance > 0:
+            self.kappa.update(math.log(limit / distance) / 2)
+        return metrics | {"surrogate/kappa": self.kappa.value}
 
     def _fit_preference(self, rollout: Rollout, advantage: Tensor, draw: Draw, rows: Tensor) -> dict[str, float]:
         """Eq. 8, 9 and 18. The group's sum stands inside the sigmoid. A group that is larger than a micro-batch takes a
@@ -146,6 +161,13 @@ class Surrogate:
         x0_ref = flow.x0_from_v(self.reference_velocity(x_t, t, c), x_t, t)
         low, high = self.config.time_range
         return flow.expand((t >= low) & (t <= high), x_t) * losses.reward_direction(x0_phi, x0_ref)
+
+    def state(self) -> dict[str, Any]:
+        return {"optimizer": self.optimizer.state(), "kappa": self.kappa.state()}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.optimizer.load_state(state["optimizer"])
+        self.kappa.load_state(state["kappa"])
 
     # -------------------------------------------------------------------------------------- diagnostics
 

@@ -21,6 +21,7 @@ from ..models.protocol import Conditioning
 from ..models.roles import Roles
 from ..models.specification import AddedDelta, Average, Role, RoleSpec
 from . import tdm
+from .controller import Controller
 from .metrics import Stopwatch, mean_of_each
 from .optimizer_settings import OptimizerConfig
 from .protocol import Algorithm, Batch, Evaluations
@@ -88,13 +89,13 @@ class TDMR1(Algorithm):
     def state(self) -> dict[str, Any]:
         return {
             "tdm": self.tdm.state(),
-            "surrogate": self.surrogate.optimizer.state(),
+            "surrogate": self.surrogate.state(),
             "balance": self.balance.state(),
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self.tdm.load_state(state["tdm"])
-        self.surrogate.optimizer.load_state(state["surrogate"])
+        self.surrogate.load_state(state["surrogate"])
         self.balance.load_state(state["balance"])
 
     # -------------------------------------------------------------------------------------- declarations
@@ -148,21 +149,21 @@ class Balance:
 
     def __init__(self, config: BalanceConfig) -> None:
         self.config = config
-        self.scale = config.scale
+        self.controller = Controller(config.scale, config.rate, config.bounds)
+
+    @property
+    def scale(self) -> float:
+        return self.controller.value
 
     def update(self, reward_part: float, kl_part: float) -> None:
         """Moves the scale towards the wanted ratio of the two parts of the last update."""
-        if self.config.policy == "fixed" or not reward_part > 0:
-            return
-        error = math.log(self.config.ratio * max(kl_part, 1e-12) / reward_part)
-        low, high = self.config.bounds
-        self.scale *= math.exp(self.config.rate * max(-1.0, min(1.0, error)))
-        self.scale = max(low, min(high, self.scale))
+        if self.config.policy == "ratio" and reward_part > 0:
+            self.controller.update(math.log(self.config.ratio * max(kl_part, 1e-12) / reward_part))
 
     def state(self) -> dict[str, float]:
-        return {"scale": self.scale, "start": self.config.scale}
+        return self.controller.state()
 
     def load_state(self, state: Mapping[str, float]) -> None:
         """Goes on with the controlled scale, unless the run now has another start. A fixed scale is a setting."""
-        if self.config.policy == "ratio" and state["start"] == self.config.scale:
-            self.scale = state["scale"]
+        if self.config.policy == "ratio":
+            self.controller.load_state(state)
