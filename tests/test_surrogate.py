@@ -12,7 +12,9 @@ from mixture_world import SMALL, TEACHER, Mixture, batch_of, conditioning, exper
 from tdm_r1.algorithms.rollout import Draw
 from tdm_r1.algorithms.surrogate import Probe, preference_accuracy, whole_groups
 from tdm_r1.algorithms.tdm_r1 import TDMR1
+from tdm_r1.config.run import validate
 from tdm_r1.core import flow, losses
+from tdm_r1.errors import UserError
 from tdm_r1.models.protocol import Conditioning
 from tdm_r1.models.specification import Role
 
@@ -253,20 +255,19 @@ def test_the_probe_keeps_its_first_points():
     assert probe.cosine(*points[2], lambda *p: -direction(*p)) == pytest.approx(-1.0)
 
 
-def test_kappa_falls_while_phi_is_too_far_and_rises_up_to_its_setting():
-    settings = {"loss": "anchored", "kappa": 2.0, "draws": 3, "distance_limit": 1e-30}
-    far = experiment(TDMR1, TEACHER, batch=SMALL, surrogate=settings)
-    first, second = far.run(2)
-    rate = [math.exp(-0.05 * k) for k in range(7)]
-    assert first["surrogate/kappa"] == pytest.approx(2.0 * sum(rate[0:3]) / 3)  # at first phi is its reference
-    assert second["surrogate/kappa"] == pytest.approx(2.0 * sum(rate[3:6]) / 3)
-    near = experiment(TDMR1, TEACHER, batch=SMALL, surrogate=settings | {"distance_limit": 1e9})
+def test_kappa_falls_while_the_rewards_part_is_too_large_and_rises_up_to_its_setting():
+    settings = {"batch": SMALL, "surrogate": {"kappa": 2.0, "ema_decay": 0.0}}
+    far = experiment(TDMR1, TEACHER, balance={"limit": 1e-9}, **settings)
+    kappas = [row["surrogate/kappa"] for row in far.run(3)]
+    assert kappas == pytest.approx([2 * math.exp(-0.03 * k) for k in (1, 2, 3)])
+    near = experiment(TDMR1, TEACHER, balance={"limit": 1e9}, **settings)
     near.algorithm.load_state(far.algorithm.state())
     assert near.algorithm.surrogate.kappa.value == far.algorithm.surrogate.kappa.value < 2
-    near.run(3)
-    assert near.algorithm.surrogate.kappa.value == 2.0
-    free = experiment(TDMR1, TEACHER, batch=SMALL, surrogate=settings | {"distance_limit": None})
-    assert free.run(1)[0]["surrogate/kappa"] == 2.0
+    assert near.run(4)[-1]["surrogate/kappa"] == 2.0
+    free = experiment(TDMR1, TEACHER, **settings)
+    assert free.run(2)[1]["surrogate/kappa"] == 2.0
+    with pytest.raises(UserError, match=r"^balance\.limit = 0\.2 with surrogate\.loss = preference"):
+        validate({"balance": {"limit": 0.2}, "surrogate": {"loss": "preference"}})
 
 
 def test_the_target_is_scaled_by_the_kappa_that_is_controlled():

@@ -116,13 +116,6 @@ class SurrogateConfig(Settings):
     )
     beta: float = Field(100.0, gt=0, description="default: paper; tied to losses that are means over dimensions.")
     kappa: float = Field(1.0, gt=0, description="Scale of the anchored target; default: ours.")
-    distance_limit: float | None = Field(
-        None,
-        gt=0,
-        description="Largest mean |v_phi - v_ref|^2 with the anchored loss: a controller lowers kappa while phi is "
-        "further away, so that a reward that is easy to predict moves the model no more than others; null for no "
-        "limit; default: ours.",
-    )
     measured_groups: int = Field(
         2, ge=0, description="Fresh groups per iteration on which phi is measured first; default: ours."
     )
@@ -192,6 +185,13 @@ class BalanceConfig(Settings):
         4.0, ge=0, description="The guidance scale, and the controller's start; default: ours, docs/notes."
     )
     ratio: float = Field(2.0, gt=0, description="reward:KL of the gradient; default: paper.")
+    limit: float | None = Field(
+        None,
+        gt=0,
+        description="Largest reward part of the generator's direction, over the normaliser: a controller lowers the "
+        "surrogate's kappa while it is larger, so that a reward that is easy to predict moves the model no more than "
+        "others; needs the anchored loss; null for no limit; default: ours.",
+    )
     rate: float = Field(0.02, gt=0, description="The controller's step in log scale; default: ours.")
     bounds: tuple[float, float] = Field((0.5, 20.0), description="Bounds of the controlled scale; default: ours.")
 
@@ -313,6 +313,11 @@ def check_tdm_r1(settings: AlgorithmSettings) -> None:
     check_groups(b)
     if b.trained == 1:
         raise ValueError("batch.trained = 1: one sample of a group has nothing to be compared with; use 2 or more")
+    if c.balance.limit is not None and s.loss != "anchored":
+        raise ValueError(
+            f"balance.limit = {c.balance.limit} with surrogate.loss = {s.loss}: it scales the anchored target; set "
+            "surrogate.loss to anchored, or balance.limit to null"
+        )
     if s.draws == 0 and not c.model.surrogate_lora:
         raise ValueError(
             "surrogate.draws = 0 without model.surrogate_lora: a surrogate that is never trained says nothing; name a "

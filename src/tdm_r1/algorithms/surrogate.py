@@ -20,7 +20,7 @@ from .rollout import Draw, Rollout, draw_points
 from .settings import AlgorithmSettings
 from .tdm import TDM, RewardPart
 
-KAPPA_RATE = 0.05  # of the controller that keeps phi within `distance_limit`, an update
+KAPPA_RATE = 0.03  # of the controller that keeps the reward's part within `balance.limit`, an iteration
 KAPPA_LEAST = 0.01  # of kappa, to which it goes down at most
 
 
@@ -73,15 +73,7 @@ class Surrogate:
             sums.add("surrogate/loss", loss.sum(), 1 / n)
             gap = (v_phi.detach() - v_ref).square().mean()
             sums.add("surrogate/distance_from_reference", gap, len(part) / n)
-        return self._within_distance(sums.read())
-
-    def _within_distance(self, metrics: dict[str, float]) -> dict[str, float]:
-        """Lowers the targets while phi is further from its reference than it may be, and raises them again up to
-        kappa: the distance grows with the square of kappa."""
-        limit, distance = self.config.distance_limit, metrics["surrogate/distance_from_reference"]
-        if limit is not None and distance > 0:
-            self.kappa.update(math.log(limit / distance) / 2)
-        return metrics | {"surrogate/kappa": self.kappa.value}
+        return sums.read()
 
     def _fit_preference(self, rollout: Rollout, advantage: Tensor, draw: Draw, rows: Tensor) -> dict[str, float]:
         """Eq. 8, 9 and 18. The group's sum stands inside the sigmoid. A group that is larger than a micro-batch takes a
@@ -161,6 +153,12 @@ class Surrogate:
         x0_ref = flow.x0_from_v(self.reference_velocity(x_t, t, c), x_t, t)
         low, high = self.config.time_range
         return flow.expand((t >= low) & (t <= high), x_t) * losses.reward_direction(x0_phi, x0_ref)
+
+    def limit(self, reward_part: float, largest: float | None) -> None:
+        """Lowers the targets while the reward's part of the generator's direction is larger than it may be, and raises
+        them again up to kappa: it is in proportion to them, and so is what is added to the generator."""
+        if largest is not None and reward_part > 0:
+            self.kappa.update(math.log(largest / reward_part))
 
     def state(self) -> dict[str, Any]:
         return {"optimizer": self.optimizer.state(), "kappa": self.kappa.state()}

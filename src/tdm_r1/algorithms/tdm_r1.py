@@ -80,7 +80,9 @@ class TDMR1(Algorithm):
         with seconds("generator"):
             metrics |= self.tdm.fit_generator(rollout, noise, self.reward_part, rewarded)
         self.balance.update(metrics["generator/reward_part"], metrics["generator/kl_part"])
-        return metrics | {"generator/reward_scale": self.balance.scale} | seconds.read()
+        self.surrogate.limit(metrics["generator/reward_part"], self.balance.config.limit)
+        scales = {"generator/reward_scale": self.balance.scale, "surrogate/kappa": self.surrogate.kappa.value}
+        return metrics | scales | seconds.read()
 
     def reward_part(self, x_t: Tensor, t: Tensor, c: Conditioning) -> Tensor:
         """Eq. 10: lambda times the surrogate's direction."""
