@@ -92,6 +92,42 @@ def test_every_variant_trains_every_role_it_should(tiny_config: Make, changes: d
     assert all(np.isfinite(v) or k == "surrogate/direction_cosine" for k, v in first.items())
 
 
+def test_prompts_without_reward_are_never_scored_and_are_the_seeds_alone(tiny_config: Make, tmp_path: Path):
+    prompts = tmp_path / "kl.txt"
+    prompts.write_text("a blue square\ntwo red circles\n")
+    found = []
+    for settings in ({"kl": str(prompts)}, {"kl": str(prompts)}, {"kl": "mini_signs"}):
+        run = Run(tiny_config(batch={"kl_prompts": 3}, task=settings))
+        seen: list[int] = []
+        real = run.algorithm.step
+        run.algorithm.step = lambda batch, real=real, seen=seen: seen.append(batch) or real(batch)  # type: ignore[method-assign]
+        run.step()
+        assert run.scored == 12
+        assert len(seen[0].kl) == len(seen[0].kl_x_1) == 3
+        found.append((seen[0].kl_x_1, seen[0].kl["embeds"]))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+    assert not torch.equal(found[0][1], found[2][1])
+    with pytest.raises(ValueError, match="nowhere"):
+        Run(tiny_config(batch={"kl_prompts": 3}, task={"kl": "nowhere"}))
+
+
+def test_a_surrogate_of_another_run_can_be_used_frozen(tiny_config: Make, tmp_path: Path):
+    first = Run(tiny_config(name="first", surrogate={"weights": "lora", "added_delta": 0.0}))
+    first.fit()
+    lora = first.folder / "lora_surrogate"
+    frozen = {"weights": "lora", "added_delta": 0.0, "draws": 0}
+    run = Run(tiny_config(name="second", surrogate=frozen, model={"surrogate_lora": str(lora)}))
+    start = run.roles.state(Role.SURROGATE)
+    for a, b in zip(first.roles.deltas(Role.SURROGATE_EMA), run.roles.deltas(Role.SURROGATE_EMA), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+    for _ in range(2):
+        metrics = run.step()
+    assert metrics["generator/reward_part"] > 0
+    assert "surrogate/loss" not in metrics
+    assert all(torch.equal(p, start[n]) for n, p in run.roles.weights(Role.SURROGATE).items())
+
+
 @pytest.mark.parametrize("loss", ["anchored", "preference"])
 def test_micro_batches_change_nothing(tiny_config: Make, loss: str):
     """Also where a group (4) is larger than a micro-batch (3): the group sum stands inside the sigmoid."""
