@@ -29,6 +29,7 @@ from tdm_r1.algorithms.rollout import Rollout
 from tdm_r1.algorithms.settings import BalanceConfig
 from tdm_r1.algorithms.tdm import TDM
 from tdm_r1.algorithms.tdm_r1 import TDMR1, Balance
+from tdm_r1.config.run import validate
 from tdm_r1.models.protocol import Conditioning
 from tdm_r1.models.specification import AddedDelta, Average, Role
 
@@ -280,6 +281,14 @@ def test_tdm_r1_declares_its_roles():
     specs = {spec.name: spec for spec in TDMR1.declare_roles(plain)}
     assert not any(spec.added for spec in specs.values())
     assert "reference" not in specs
+
+
+def test_the_surrogates_weights_are_its_own_setting_unless_every_role_is_full():
+    for roles, weights, expected in (("lora", "lora", "lora"), ("lora", "full", "full"), ("full", "lora", "full")):
+        config = validate({"model": {"roles": roles}, "surrogate": {"weights": weights}})
+        specs = {spec.name: spec for spec in TDMR1.declare_roles(config)}
+        assert specs[Role.SURROGATE].weights == specs[Role.SURROGATE_EMA].weights == expected
+        assert specs[Role.GENERATOR].weights == specs[Role.FAKE].weights == roles
 
 
 @pytest.mark.parametrize(

@@ -282,3 +282,16 @@ def test_the_target_is_scaled_by_the_kappa_that_is_controlled():
     for n, change in moved[1.0].items():
         assert float(change.abs().max()) > 1e-4
         torch.testing.assert_close(0.25 * change, moved[0.25][n], atol=1e-6, rtol=1e-3)
+
+
+def test_one_pair_is_ordered_rightly_or_not():
+    advantage = torch.tensor([1.0, -1.0])
+    assert preference_accuracy(torch.tensor([0.2, 0.1]), advantage, 2) == 1
+    assert preference_accuracy(torch.tensor([0.1, 0.2]), advantage, 2) == 0
+
+
+def test_a_group_of_which_one_sample_is_used_comes_first():
+    rows, group = torch.tensor([0, 4, 5]), torch.tensor([0, 1, 1])
+    assert [part.tolist() for part in whole_groups(rows, group, 2)] == [[0], [4, 5]]
+    assert [part.tolist() for part in whole_groups(rows, group, 3)] == [[0, 4, 5]]
+    assert whole_groups(rows, group, 1) is None
