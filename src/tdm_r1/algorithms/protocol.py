@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -66,6 +66,8 @@ class Algorithm(ABC):
 
     def __init__(self, roles: Roles, empty: Conditioning, settings: AlgorithmSettings) -> None:
         self.roles, self.empty, self.settings = roles, empty, settings
+
+    one_update_at_the_end: ClassVar[bool] = False  # whether the gradients of all roles wait for it, which takes memory
 
     @staticmethod
     def check(settings: AlgorithmSettings) -> None:

@@ -36,6 +36,7 @@ class TDMR1Release(Algorithm):
     """Samples of one prompt (a group) are consecutive rows throughout, and a micro-batch holds whole groups."""
 
     check = staticmethod(check_release)
+    one_update_at_the_end = True
 
     def __init__(self, roles: Roles, empty: Conditioning, settings: AlgorithmSettings) -> None:
         super().__init__(roles, empty, settings)

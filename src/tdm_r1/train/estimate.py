@@ -136,12 +136,13 @@ def _held(config: RunConfig, parts: _Parts, specs: tuple[RoleSpec, ...]) -> dict
     whole = {spec.name for spec in specs if spec.weights == "full"}
     adapters = [spec for spec in specs if spec.weights == "lora"]
     combined = sum(m.merge + (spec.added is not None and spec.added.role in whole) for spec in adapters)
-    points, own = 2 * config.sampler.steps + 1, algorithm_of(config).optimizer_settings(config)
+    points, kind = 2 * config.sampler.steps + 1, algorithm_of(config)
+    own, waiting = kind.optimizer_settings(config), sum if kind.one_update_at_the_end else max
     return {
         "frozen transformer" + ("s" if m.teacher else ""): backbones * parts.frozen_bytes,
         f"weights of {len(specs)} roles": FLOAT_BYTES * sum(numbers.values()),
         "optimizers": sum(ADAM_BYTES[role in own and own[role].eight_bit] * n for role, n in trained.items()),
-        "gradients, of one role at a time": FLOAT_BYTES * max(trained.values()),
+        "gradients": FLOAT_BYTES * waiting(trained.values()),
         "merged copies": combined * parts.adapted_bytes,
         "autoencoder": 0 if m.offload else parts.autoencoder_bytes,
         "prompts and trajectories": b.prompts * (parts.prompt_bytes + points * b.group * parts.latent_bytes),
