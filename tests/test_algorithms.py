@@ -172,6 +172,7 @@ def _first_batch(found: Experiment) -> Batch:
 @pytest.mark.parametrize("kind", NAMES, ids=lambda kind: kind.__name__)
 def test_an_algorithm_goes_on_from_its_state(kind):
     settings = {"balance": {"policy": "ratio", "rate": 0.5}, "batch": SMALL, "tdm": {"fake_scores": "two"}}
+    settings |= {"dgpo": {"time_low": 0.0}}
     straight, first, second = (experiment(kind, TEACHER, **settings) for _ in range(3))
     straight.run(4)
     first.run(2)

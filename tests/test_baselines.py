@@ -281,3 +281,42 @@ def test_steps_and_guidance_that_cannot_run_are_refused():
     for algorithm in ("tdm", "tdm_r1", "tdm_r1_release", "tdm_direct_rl"):
         with pytest.raises(UserError, match=r"sampler.guidance = 2.0"):
             validate({"algorithm": algorithm, "sampler": {"guidance": 2.0}})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"algorithm": "dgpo", "sampler": {"steps": 4}}, r"^dgpo.draws = 4 with sampler.steps = 4 .* has 2 such"),
+        (
+            {"algorithm": "tdm_direct_rl", "sampler": {"steps": 4}},
+            r"^dgpo.draws = 4 with sampler.steps = 4 .* has 2 such",
+        ),
+        ({"algorithm": "nft", "model": {"surrogate_lora": "x"}}, r"^model.surrogate_lora = 'x': nft has no surrogate"),
+        ({"algorithm": "tdm", "batch": {"kl_prompts": 4}}, r"^batch.kl_prompts = 4: tdm has none"),
+        ({"algorithm": "tdm", "model": {"surrogate_lora": "x"}}, r"^model.surrogate_lora = 'x': tdm has no surrogate"),
+        ({"task": {"kl": "mini_signs"}}, r"^task.kl = 'mini_signs' with batch.kl_prompts = 0"),
+        (
+            {
+                "surrogate": {"draws": 0, "reference": "dynamic", "ema_decay": 0.9},
+                "model": {"surrogate_lora": "x"},
+            },
+            r"^surrogate.draws = 0 with surrogate.reference = dynamic",
+        ),
+        ({"balance": {"policy": "ratio", "limit": 0.2}}, r"^balance.limit = 0.2 with balance.policy = ratio"),
+    ],
+)
+def test_settings_that_would_be_ignored_or_contradict_are_refused(settings: dict, message: str):
+    with pytest.raises(UserError, match=message):
+        validate(settings)
+
+
+def test_the_last_step_of_a_walk_has_no_noise():
+    found = experiment(FlowGRPO, TEACHER, batch=SMALL)
+    b = batch_of(24, 6)
+    walk = found.algorithm.walk(b.conditioning, b.x_1, b.noise)
+    assert walk.points.shape[0] == 5
+    assert walk.log_likelihood.shape == (3, 24)
+    grid, x = flow.few_step_grid(4, 3.0).float(), walk.points[3]
+    with found.roles.use(Role.GENERATOR) as field, torch.no_grad():
+        v = field(x, grid[3].expand(24), b.conditioning)
+    torch.testing.assert_close(walk.points[4], x - grid[3] * v)

@@ -25,10 +25,10 @@ def test_the_mini_model_can_run(tmp_path: Path, capsys: pytest.CaptureFixture):
     small = ["--batch.group", "4", "--output", str(tmp_path)]
     assert main(["doctor", "mini", *small]) == 0
     shown = capsys.readouterr().out
-    assert "Go: tdm-r1 train mini --batch.group 4" in shown
+    assert "Ready. Start it with: tdm-r1 train mini --batch.group 4" in shown
     for what in ("device", "disk", "model", "prompts", "reward mini", "iteration"):
         assert f"ok   {what}: " in shown
-    assert "mend" not in shown
+    assert "fix " not in shown
     assert not list(tmp_path.iterdir())  # it leaves nothing
 
 
@@ -49,7 +49,7 @@ def test_small_models_of_the_real_classes_can_run(family: str, tmp_path: Path):
     }
     found = findings(validate(config))
     assert all(one.ok for name in ("device", "disk", "model", "prompts", "iteration") for one in found[name])
-    assert "1 of 4 groups" in found["iteration"][0].text
+    assert "4 of 4 groups" in found["iteration"][0].text
     assert "2 to train on" in found["prompts"][0].text
     assert found["few-step start"][0].ok is None  # the model itself, as it is
 
@@ -58,11 +58,11 @@ def test_what_is_missing_is_named_and_the_rest_is_checked_all_the_same(tmp_path:
     args = ["--model.path", str(tmp_path), "--model.student-lora", "None", "--reward", str(tmp_path / "r.py:f")]
     assert main(["doctor", "mini", *args]) == 1
     shown = capsys.readouterr().out
-    assert "mend model: " in shown
-    assert "mend reward: " in shown
+    assert "fix  model: " in shown
+    assert "fix  reward: " in shown
     assert "ok   prompts: " in shown
     assert "note iteration: not tried" in shown
-    assert "2 to mend" in shown
+    assert "2 to fix" in shown
 
 
 def test_a_model_that_is_too_large_for_the_machine_is_said_so():

@@ -68,7 +68,7 @@ def test_recipes_resolve_and_round_trip(name: str, tmp_path: Path):
         ({"evaluation": {"also": ["geneval"]}}, r"evaluation\.also = 'geneval': this task has no metrics"),
         ({"model": {"dtype": "float16"}}, r"model\.dtype = 'float16': .*'float32' or 'bfloat16'"),
         ({"iterations": 0}, "iterations = 0: .*greater than or equal to 1"),
-        ({"batch": {"group": 1}}, r"batch\.group = 1: TDM-R1 compares samples"),
+        ({"batch": {"group": 1}}, r"batch\.group = 1: tdm_r1 compares samples"),
         ({"task": {"name": "prompts"}}, r"task\.prompts = None with task\.name = 'prompts': give a file of prompts"),
         ({"batch": {"trained": 1}}, r"batch\.trained = 1: one sample of a group has nothing to be compared with"),
         (

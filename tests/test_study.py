@@ -10,7 +10,7 @@ from rich.console import Console
 
 from tdm_r1.cli import main
 from tdm_r1.errors import UserError
-from tdm_r1.mini.study import Study, run_study
+from tdm_r1.mini.study import Study, _within, run_study
 from tdm_r1.mini.study_rows import ROWS
 
 BY_NAME = {row.name: row for row in ROWS}
@@ -33,8 +33,8 @@ def test_every_row_has_settings_that_can_run(world: str, row, tmp_path: Path):
 
 
 def test_an_unknown_row_is_an_error(capsys: pytest.CaptureFixture):
-    assert main(["study", "mini", "--only", "dpgo"]) == 2
-    assert "--only = 'dpgo'" in capsys.readouterr().err
+    assert main(["study", "mini", "--only", "nowhere"]) == 2
+    assert "--only = 'nowhere'" in capsys.readouterr().err
     assert main(["study", "--list"]) == 0
     assert "DiffusionNFT" in capsys.readouterr().out
 
@@ -65,3 +65,16 @@ def test_rows_are_run_once_and_the_page_shows_them(tmp_path: Path):
     stamps = {name: one.record_of(BY_NAME[name], 0).stat().st_mtime_ns for name in names}
     run_study(one, Console(quiet=True))
     assert stamps == {name: one.record_of(BY_NAME[name], 0).stat().st_mtime_ns for name in names}
+    assert records["dgpo-then-tdm"]["scored"] == records["dgpo-many"]["scored"]  # its teacher's
+    assert records["dgpo-then-tdm"]["passes"] > records["dgpo-many"]["passes"]
+    run_study(study(tmp_path, "start", scored=256), Console(quiet=True))  # it has no budget
+    assert stamps["start"] == one.record_of(BY_NAME["start"], 0).stat().st_mtime_ns
+    with pytest.raises(UserError, match="has a run with iterations = 1, wanted is 2: remove it"):
+        run_study(study(tmp_path, "tdm-r1", scored=256), Console(quiet=True))
+
+
+def test_a_record_is_good_for_the_same_settings_and_for_settings_that_came_later():
+    old = {"world": "mini", "config": {"seed": 0, "batch": {"group": 16}}}
+    assert _within(old, {"world": "mini", "config": {"seed": 0, "batch": {"group": 16, "new": 1}, "more": {}}})
+    assert not _within(old, {"world": "mini", "config": {"seed": 1, "batch": {"group": 16}}})
+    assert not _within(old, {"world": "mini", "config": {"seed": 0}})

@@ -46,7 +46,9 @@ class DGPOConfig(PolicyConfig):
         0.6, ge=0, le=1, description="Least noise level, unshifted, of the sampler's steps that are drawn from."
     )
     roll_out_average_after: int = Field(
-        200, ge=0, description="Updates after which samples come from the average that the clip is taken against."
+        500,
+        ge=0,
+        description="Updates after which samples come from the average that the clip is taken against (200 for OCR).",
     )
     direct_weight: float = Field(
         1.0, gt=0, description="For tdm_direct_rl: the weight of this loss beside TDM's; default: ours."
@@ -56,7 +58,9 @@ class DGPOConfig(PolicyConfig):
 class FlowGRPOConfig(PolicyConfig):
     """Flow-GRPO (arXiv 2505.05470)."""
 
-    noise_level: float = Field(0.7, gt=0, description="a in the sampler's noise a sqrt(t / (1 - t)).")
+    noise_level: float = Field(
+        0.7, gt=0, description="a in the sampler's noise, a sqrt(t / (1 - t)); fewer steps need less."
+    )
     clip: float = Field(1e-4, gt=0, description="PPO's clip of the likelihood ratio.")
     kl_weight: float = Field(0.04, ge=0, description="Weight of the KL to the start, of each step of the sampler.")
     updates: int = Field(2, ge=1, description="Updates per rollout, each on as many of its samples.")
@@ -68,5 +72,8 @@ class NFTConfig(PolicyConfig):
     mixture: float = Field(1.0, gt=0, description="b in v+ = b v + (1 - b) v_old and v- = (1 + b) v_old - b v.")
     kl_weight: float = Field(1e-4, ge=0, description="Weight of |v - v_ref|^2.")
     old_decay: float = Field(
-        0.5, ge=0, lt=1, description="Largest decay of the average that makes the samples; after n updates .001 n."
+        0.5,
+        ge=0,
+        lt=1,
+        description="Bound of the decay of the average that makes the samples, which is 0.001 n after n updates.",
     )

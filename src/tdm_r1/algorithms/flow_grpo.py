@@ -22,7 +22,7 @@ from .settings import AlgorithmSettings
 
 @dataclass(frozen=True)
 class Walk:
-    """Stochastic trajectories. points: [K + 1, B, ...]. log_likelihood: of each step, [K, B]."""
+    """Trajectories whose last step alone has no noise. points: [K + 1, B, ...]. log_likelihood: [K - 1, B]."""
 
     points: Tensor
     log_likelihood: Tensor
@@ -59,8 +59,12 @@ class FlowGRPO(Policy):
         with self.roles.use(Role.GENERATOR) as velocity:
             v = in_parts(guided(velocity, self.empty, self.sampler.guidance), self.micro_batch)
             for k in range(self.sampler.steps):
-                mean, _, deviation = self.mean_of(v(x, self.time(k, x), text), x, k)
-                x = mean + deviation * torch.randn(x.shape, generator=noise).to(x)
+                u, eps = v(x, self.time(k, x), text), torch.randn(x.shape, generator=noise).to(x)
+                if k == self.sampler.steps - 1:  # not trained: without noise, which few steps would leave in the image
+                    points.append(x + u * flow.expand(self.time(k + 1, x) - self.time(k, x), x))
+                    break
+                mean, _, deviation = self.mean_of(u, x, k)
+                x = mean + deviation * eps
                 points.append(x)
                 likelihoods.append(sde.log_likelihood(x, mean, deviation))
         return Walk(torch.stack(points), torch.stack(likelihoods))

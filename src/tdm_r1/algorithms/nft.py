@@ -44,7 +44,10 @@ class DiffusionNFT(Policy):
         return metrics | seconds.read()
 
     def fit(self, rollout: Rollout, advantage: Tensor, noise: torch.Generator) -> dict[str, float]:
-        """Accumulates the gradient of 1/b (r loss+ + (1 - r) loss-) at all noise levels of the sampler but one."""
+        """Accumulates the gradient of 5 / b (r loss+ + (1 - r) loss-), 5 the advantages' bound.
+
+        Each sample is trained at all noise levels of the sampler but one.
+        """
         c, sums, n, x_0 = self.config, Sums(), len(rollout), rollout.trajectory.final
         grid = flow.few_step_grid(self.sampler.steps, self.sampler.shift)[:-1].to(x_0)
         clip = self.policy.advantage_clip

@@ -65,7 +65,7 @@ class Optimizer:
         if self.skipped == MAX_SKIPPED:
             raise FloatingPointError(
                 f"the gradient was not finite in {MAX_SKIPPED} updates in a row: the run has diverged; go on from an "
-                "earlier checkpoint with a lower learning rate or balance.scale"
+                "earlier checkpoint with a lower learning rate"
             )
         return {"grad_norm": norm, "learning_rate": rate}
 

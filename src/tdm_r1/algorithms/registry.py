@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..plugins import Registry
-from .settings import AlgorithmSettings, check_direct, check_policy, check_release, check_tdm, check_tdm_r1
+from .settings import AlgorithmSettings, check_direct, check_policy, check_release, check_tdm_alone, check_tdm_r1
 
 ALGORITHMS = Registry(
     "algorithm",
@@ -20,7 +20,7 @@ ALGORITHMS = Registry(
     },
 )
 CHECKS: dict[str, Callable[[AlgorithmSettings], None]] = {
-    "tdm": check_tdm,
+    "tdm": check_tdm_alone,
     "tdm_r1": check_tdm_r1,
     "tdm_r1_release": check_release,
     "dgpo": check_policy,

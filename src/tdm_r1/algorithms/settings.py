@@ -45,7 +45,7 @@ class BatchConfig(Settings):
         0,
         ge=0,
         description="More prompts per iteration, of one sample each, without reward: KL alone holds the generator "
-        "there, so that what is not rewarded is not lost. They are drawn from task.kl; default: none, ours.",
+        "there, to keep abilities that are not rewarded. They are drawn from task.kl; default: none, ours.",
     )
     micro_batch: int = Field(
         128, ge=1, description="Samples that go through the network at once; does not affect results."
@@ -261,9 +261,44 @@ def check_release(settings: AlgorithmSettings) -> None:
         )
 
 
+def check_tdm_alone(settings: AlgorithmSettings) -> None:
+    """Raises ValueError on settings with which TDM cannot run by itself."""
+    check_tdm(settings)
+    check_no_surrogate(settings)
+    check_no_kl_prompts(settings)
+
+
+def check_no_surrogate(settings: AlgorithmSettings) -> None:
+    """Raises ValueError if a surrogate is named where there is none."""
+    lora, name = settings.model.surrogate_lora, settings.algorithm
+    if lora:
+        raise ValueError(f"model.surrogate_lora = {lora!r}: {name} has no surrogate; set it to null")
+
+
+def check_no_kl_prompts(settings: AlgorithmSettings) -> None:
+    """Raises ValueError if there are prompts without reward where the algorithm takes none."""
+    n, name = settings.batch.kl_prompts, settings.algorithm
+    if n:
+        raise ValueError(f"batch.kl_prompts = {n}: {name} has none; set it to 0, or use tdm_r1")
+
+
+def check_draws(settings: AlgorithmSettings) -> None:
+    """Raises ValueError if DGPO is to draw more noise levels than its sampler has."""
+    d, steps = settings.dgpo, settings.sampler.steps
+    known = sum(1 - k / steps >= d.time_low - 1e-9 for k in range(steps))
+    if d.draws > known:
+        raise ValueError(
+            f"dgpo.draws = {d.draws} with sampler.steps = {steps} and dgpo.time_low = {d.time_low}: the sampler has "
+            f"{known} such noise levels; lower dgpo.draws or dgpo.time_low"
+        )
+
+
 def check_policy(settings: AlgorithmSettings) -> None:
     """Raises ValueError on settings with which DGPO, Flow-GRPO and DiffusionNFT cannot run."""
     check_whole_groups(settings)
+    check_no_surrogate(settings)
+    if settings.algorithm == "dgpo":
+        check_draws(settings)
     if settings.sampler.steps < 2:
         raise ValueError(
             f"sampler.steps = {settings.sampler.steps}: the baselines train more than one step; use 2 or more"
@@ -274,14 +309,15 @@ def check_direct(settings: AlgorithmSettings) -> None:
     """Raises ValueError on settings with which TDM with a direct loss cannot run."""
     check_tdm(settings)
     check_whole_groups(settings)
+    check_no_surrogate(settings)
+    check_draws(settings)
 
 
 def check_whole_groups(settings: AlgorithmSettings) -> None:
     """Raises ValueError where a group cannot be compared as a whole."""
     b, name = settings.batch, settings.algorithm
-    check_groups(b)
-    if b.kl_prompts:
-        raise ValueError(f"batch.kl_prompts = {b.kl_prompts}: {name} has none; set it to 0, or use tdm_r1")
+    check_groups(settings)
+    check_no_kl_prompts(settings)
     if b.trained is not None:
         raise ValueError(f"batch.trained = {b.trained}: {name} trains on all samples; set it to null")
     if b.micro_batch < b.group:
@@ -300,17 +336,18 @@ def check_unguided(settings: AlgorithmSettings) -> None:
         )
 
 
-def check_groups(b: BatchConfig) -> None:
+def check_groups(settings: AlgorithmSettings) -> None:
     """Raises ValueError if there is nothing to compare inside a group."""
-    if b.group < 2:
-        raise ValueError(f"batch.group = {b.group}: TDM-R1 compares samples of one prompt; use 2 or more")
+    group = settings.batch.group
+    if group < 2:
+        raise ValueError(f"batch.group = {group}: {settings.algorithm} compares samples of one prompt; use 2 or more")
 
 
 def check_tdm_r1(settings: AlgorithmSettings) -> None:
     """Raises ValueError on settings with which TDM-R1 cannot run."""
     check_tdm(settings)
     c, b, s = settings, settings.batch, settings.surrogate
-    check_groups(b)
+    check_groups(settings)
     if b.trained == 1:
         raise ValueError("batch.trained = 1: one sample of a group has nothing to be compared with; use 2 or more")
     if c.balance.limit is not None and s.loss != "anchored":
@@ -320,8 +357,18 @@ def check_tdm_r1(settings: AlgorithmSettings) -> None:
         )
     if s.draws == 0 and not c.model.surrogate_lora:
         raise ValueError(
-            "surrogate.draws = 0 without model.surrogate_lora: a surrogate that is never trained says nothing; name a "
-            "trained one, or use 1 or more"
+            "surrogate.draws = 0 without model.surrogate_lora: a surrogate that is never trained has no reward signal; "
+            "name a trained one, or use 1 or more"
+        )
+    if s.draws == 0 and s.reference == "dynamic":
+        raise ValueError(
+            "surrogate.draws = 0 with surrogate.reference = dynamic: a frozen surrogate equals its own average, so "
+            "there is no reward; set surrogate.reference to static"
+        )
+    if c.balance.limit is not None and c.balance.policy == "ratio":
+        raise ValueError(
+            f"balance.limit = {c.balance.limit} with balance.policy = ratio: one lowers what the other raises; set "
+            "balance.limit to null, or balance.policy to fixed"
         )
     if c.model.surrogate_lora and s.weights == "full":
         raise ValueError(

@@ -37,6 +37,7 @@ class Surrogate:
         total = settings.iterations * self.config.draws
         self.optimizer = Optimizer(roles.parameters(Role.SURROGATE), self.config.optimizer, total=total)
         self.kappa = Controller(self.config.kappa, KAPPA_RATE, (KAPPA_LEAST * self.config.kappa, self.config.kappa))
+        self.limited = settings.balance.limit
         self.probe = Probe()
 
     def fit(self, rollout: Rollout, advantage: Tensor, rows: Tensor, noise: torch.Generator) -> dict[str, float]:
@@ -154,18 +155,19 @@ class Surrogate:
         low, high = self.config.time_range
         return flow.expand((t >= low) & (t <= high), x_t) * losses.reward_direction(x0_phi, x0_ref)
 
-    def limit(self, reward_part: float, largest: float | None) -> None:
+    def limit(self, reward_part: float) -> None:
         """Lowers the targets while the reward's part of the generator's direction is larger than it may be, and raises
         them again up to kappa: it is in proportion to them, and so is what is added to the generator."""
-        if largest is not None and reward_part > 0:
-            self.kappa.update(math.log(largest / reward_part))
+        if self.limited and reward_part > 0:
+            self.kappa.update(math.log(self.limited / reward_part))
 
     def state(self) -> dict[str, Any]:
         return {"optimizer": self.optimizer.state(), "kappa": self.kappa.state()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        self.optimizer.load_state(state["optimizer"])
-        self.kappa.load_state(state["kappa"])
+        self.optimizer.load_state(state.get("optimizer", state))  # before there was a limit, that was all
+        if self.limited and "kappa" in state:
+            self.kappa.load_state(state["kappa"])
 
     # -------------------------------------------------------------------------------------- diagnostics
 

@@ -26,7 +26,7 @@ from .optimizer import Optimizer
 from .optimizer_settings import OptimizerConfig
 from .protocol import Algorithm, Batch, Evaluations
 from .rollout import Points, Rollout, draw_points, draw_times, roll_out
-from .settings import AlgorithmSettings, TDMConfig, check_tdm
+from .settings import AlgorithmSettings, TDMConfig, check_tdm_alone
 
 RewardPart = Callable[[Tensor, Tensor, Conditioning], Tensor]
 """``(x_t, t, conditioning) -> [B, C, H, W]``: the reward's part of the generator's direction."""
@@ -35,7 +35,7 @@ RewardPart = Callable[[Tensor, Tensor, Conditioning], Tensor]
 class TDM(Algorithm):
     """The optimizers of generator and fake scores, and one method for each line of the algorithm."""
 
-    check = staticmethod(check_tdm)
+    check = staticmethod(check_tdm_alone)
 
     def __init__(self, roles: Roles, empty: Conditioning, settings: AlgorithmSettings) -> None:
         super().__init__(roles, empty, settings)
@@ -124,11 +124,13 @@ class TDM(Algorithm):
                     direction = (kl + reward) / flow.expand(norm, kl)
                 (losses.follow(x0, direction).sum() / n).backward()
             share = len(rows) / n
-            sums.add("generator/kl_part", (kl.abs().flatten(1).mean(1) / norm).mean(), share)
+            if not rewarded:
+                sums.add("generator/kl_part", (kl.abs().flatten(1).mean(1) / norm).mean(), share)
             sums.add("generator/normalizer", norm.mean(), share)
             if len(own):
-                size = reward[own].abs().flatten(1).mean(1) / norm[own]
+                size, kl_size = (part[own].abs().flatten(1).mean(1) / norm[own] for part in (reward, kl))
                 cosine = nn.functional.cosine_similarity(kl[own].flatten(1), reward[own].flatten(1))
+                sums.add("generator/kl_part", kl_size.sum(), 1 / rewarded)  # of the same samples: their ratio counts
                 sums.add("generator/reward_part", size.sum(), 1 / rewarded)
                 sums.add("generator/kl_reward_cosine", cosine.sum(), 1 / rewarded)
         metrics = sums.read() | _named(Role.GENERATOR, self.optimizers[Role.GENERATOR].step())

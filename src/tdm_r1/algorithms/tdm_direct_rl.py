@@ -23,7 +23,10 @@ from .tdm import TDM
 
 
 class TDMDirectRL(Algorithm):
-    """TDM's step, with DGPO's gradient added to the generator's before its update."""
+    """TDM's step, with DGPO's gradient added to the generator's before its update.
+
+    Optimizers and averages are TDM's: of DGPO's settings it reads those of the loss and of the advantage.
+    """
 
     check = staticmethod(check_direct)
 

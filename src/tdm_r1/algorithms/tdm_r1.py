@@ -80,7 +80,7 @@ class TDMR1(Algorithm):
         with seconds("generator"):
             metrics |= self.tdm.fit_generator(rollout, noise, self.reward_part, rewarded)
         self.balance.update(metrics["generator/reward_part"], metrics["generator/kl_part"])
-        self.surrogate.limit(metrics["generator/reward_part"], self.balance.config.limit)
+        self.surrogate.limit(metrics["generator/reward_part"])
         scales = {"generator/reward_scale": self.balance.scale, "surrogate/kappa": self.surrogate.kappa.value}
         return metrics | scales | seconds.read()
 

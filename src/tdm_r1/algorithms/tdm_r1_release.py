@@ -129,7 +129,7 @@ class TDMR1Release(Algorithm):
         gap = losses.squared_error(v, v_ref)
         with torch.no_grad():  # slope and holds are constants of the loss
             distance = gap.reshape(-1, self.block).mean(1).repeat_interleave(self.block)
-            held = by_ratio = by_distance = torch.zeros_like(advantage, dtype=torch.bool)
+            by_ratio = by_distance = torch.zeros_like(advantage, dtype=torch.bool)
             if c.clip is not None and v_old is not None:
                 by_ratio = losses.held_by_ratio(loss, losses.squared_error(v_old, target), advantage, c.clip)
             if c.distance_limit is not None:
@@ -261,7 +261,14 @@ class TDMR1Release(Algorithm):
         ema = Average(Role.GENERATOR, c.generator_ema_decay, ramp=warm_up)
         return (
             *generator_and_fake(weights, ema, (Role.FAKE,)),
-            RoleSpec(Role.SURROGATE, host="teacher", trained=True, weights=weights),
+            RoleSpec(
+                Role.SURROGATE,
+                host="teacher",
+                trained=True,
+                weights=weights,
+                starts_from="surrogate_lora",
+                exported_as="lora_surrogate",
+            ),
             *(RoleSpec(name, host="teacher", average=a, weights=weights) for name, a in averages.items()),
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated
@@ -13,7 +14,7 @@ from ..config.load import load_recipe
 from ..config.recipes import recipe_names
 from ..config.run import RunConfig
 
-MARKS = {True: "[green]ok  [/]", None: "[yellow]note[/]", False: "[red]mend[/]"}
+MARKS = {True: "[green]ok  [/]", None: "[yellow]note[/]", False: "[red]fix [/]"}
 
 
 @dataclass
@@ -25,7 +26,7 @@ class Doctor:
 
     config: Annotated[RunConfig, tyro.conf.arg(name="")]
     iteration: bool = True
-    """Load the model and time an iteration of one group (--no-iteration: do not)."""
+    """Load the model and time an iteration of one micro-batch (--no-iteration: do not)."""
 
 
 def main(args: list[str]) -> int:
@@ -43,7 +44,8 @@ def main(args: list[str]) -> int:
         console.print(f"{MARKS[found.ok]} {found.what}: {escape(found.text)}", highlight=False, soft_wrap=True)
         broken += found.ok is False
     if broken:
-        console.print(f"\n{broken} to mend before this can run.")
+        console.print(f"\n{broken} to fix before this can run.")
         return 1
-    console.print(f"\nGo: tdm-r1 train {args[0]} {' '.join(a for a in args[1:] if a != '--no-iteration')}".rstrip())
+    given = shlex.join(a for a in args if a != "--no-iteration")
+    console.print(f"\nReady. Start it with: tdm-r1 train {given}", markup=False, highlight=False, soft_wrap=True)
     return 0

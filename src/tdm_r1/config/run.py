@@ -135,6 +135,11 @@ class RunConfig(Settings):
                 f"distill_with = {self.distill_with!r} with model.roles = full: a LoRA starts adapters alone; set it "
                 "to null"
             )
+        if self.task.kl and not self.batch.kl_prompts:
+            raise ValueError(
+                f"task.kl = {self.task.kl!r} with batch.kl_prompts = 0: nothing is drawn from it; raise "
+                "batch.kl_prompts, or set task.kl to null"
+            )
         if self.algorithm in CHECKS:
             CHECKS[self.algorithm](self)
         return self

@@ -43,17 +43,13 @@ def velocity_back_to(x_s: Tensor, eps: Tensor, s: Tensor, t: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------ surrogate
 
 
-def held_by_distance(
-    loss_phi: Tensor, loss_ref: Tensor, advantage: Tensor, distance: Tensor, limit: float | None
-) -> Tensor:
+def held_by_distance(loss_phi: Tensor, loss_ref: Tensor, advantage: Tensor, distance: Tensor, limit: float) -> Tensor:
     """Samples that have moved in their advantage's direction, where phi is far from its reference, bool [B].
 
     Args:
         distance: |v_phi - v_ref|^2, as the mean of the samples that share a draw, [B].
-        limit: distance above which it holds; None for never.
+        limit: distance above which it holds.
     """
-    if limit is None:
-        return torch.zeros_like(advantage, dtype=torch.bool)
     moved = torch.where(advantage > 0, loss_phi < loss_ref, (loss_phi > loss_ref) & (advantage < 0))
     return moved & (distance > limit)
 

@@ -7,7 +7,7 @@ and on several machines.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from ..config.load import load_recipe
+from ..config.load import differences, load_recipe
 from ..config.run import RunConfig
 from ..core.randomness import torch_rng
 from ..errors import UserError
@@ -25,6 +25,7 @@ from ..evaluate.evaluation import Sampling
 from ..files import whole_folder, write_text
 from ..models.specification import Role
 from ..train.build import algorithm_of
+from ..train.folder import RunFolder
 from ..train.run import Run
 from .bundle import bundle_path
 from .report import better
@@ -119,6 +120,9 @@ def one(study: Study, row: Row, seed: int, console: Console) -> tuple[dict[str, 
     if row.recipe is not None:
         _train(run, console)
         record |= cost(run)
+        if row.after is not None:  # what made its teacher counts too
+            teacher = json.loads(study.record_of(named(row.after[0]), seed).read_text())
+            record |= {name: record[name] + teacher[name] for name in ("scored", "passes", "seconds")}
         record["curve"] = curve(config)
     elif row.model == "surrogate":
         run.load(run.checkpoints()[-1])
@@ -128,9 +132,19 @@ def one(study: Study, row: Row, seed: int, console: Console) -> tuple[dict[str, 
     return record, images
 
 
+def named(name: str) -> Row:
+    """A row by its name."""
+    return next(row for row in ROWS if row.name == name)
+
+
 def _train(run: Run, console: Console) -> None:
-    """To the end, from the last checkpoint if there is one."""
-    run.fit(resume=bool(run.checkpoints()))
+    """To the end, from the last checkpoint if there is one. Raises UserError on a run with other settings there."""
+    before = run.files.settings() if run.checkpoints() else None
+    for name, old, new in differences(before, run.config) if before else ():
+        raise UserError(
+            f"{run.folder} has a run with {name} = {old!r}, wanted is {new!r}: remove it, or give another --runs"
+        )
+    run.fit(resume=before is not None)
     if run.iteration < run.config.iterations:
         raise UserError("interrupted, and no figures are filed; the same command goes on with it")
 
@@ -184,13 +198,11 @@ def _after(study: Study, row: Row, seed: int, config: RunConfig, console: Consol
     """The row's settings with what it takes of another row's run."""
     assert row.after is not None
     name, what = row.after
-    earlier = study.config(next(r for r in ROWS if r.name == name), seed)
-    if not (earlier.folder / "lora").is_dir():
+    earlier = study.config(named(name), seed)
+    if not RunFolder(earlier.folder).is_finished():
         raise UserError(f"{row.name} needs the run of {name}, seed {seed}, at {earlier.folder}: run it first (--only)")
-    if row.model == "surrogate":
-        return earlier
     if what == "surrogate":
-        return config.override({"model.surrogate_lora": str(earlier.folder / "lora_surrogate")})
+        return earlier
     console.print(f"Merging {earlier.folder / 'lora'} into the base, as the teacher ...", markup=False)
     return config.override({"model.teacher": str(merged(earlier))})
 
@@ -200,23 +212,30 @@ def merged(config: RunConfig) -> Path:
     from diffusers import StableDiffusion3Pipeline
 
     folder = config.folder / "merged"
-    if not folder.is_dir():
-        pipeline = StableDiffusion3Pipeline.from_pretrained(bundle_path(config.model.path))
-        pipeline.load_lora_weights(config.folder / "lora")
-        pipeline.fuse_lora()
-        pipeline.unload_lora_weights()
-        with whole_folder(folder) as partial:
-            pipeline.save_pretrained(partial)
+    pipeline = StableDiffusion3Pipeline.from_pretrained(bundle_path(config.model.path))
+    pipeline.load_lora_weights(config.folder / "lora")
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    with whole_folder(folder) as partial:
+        pipeline.save_pretrained(partial)
     return folder
 
 
 def settings_of(study: Study, row: Row, seed: int) -> dict[str, Any]:
-    """What a record's figures depend on, but for the code."""
+    """What a record's figures depend on, but for the code; of a row without a run neither seed nor budget."""
     config = study.config(row, seed).model_dump(mode="json", exclude={"output", "name", "trackers", "save_every"})
-    return {"world": study.world, "row": row.model, "after": list(row.after or ()), "config": config}
+    if row.recipe is None:
+        config = {name: config[name] for name in ("model", "sampler", "task", "reward")}
+    found = {"world": study.world, "prompts": study.prompts, "row": row.model, "config": config}
+    return found | ({"after": settings_of(study, named(row.after[0]), seed)} if row.after else {})
 
 
 def _same(path: Path, study: Study, row: Row, seed: int) -> bool:
-    """Whether a record is of these settings. Those of a row without a run do not depend on the budget."""
-    found: Mapping[str, Any] = json.loads(path.read_text())["settings"]
-    return found == settings_of(study, row, seed)
+    """Whether a record is of these settings; settings that there were not yet when it was made do not count."""
+    return _within(json.loads(path.read_text())["settings"], settings_of(study, row, seed))
+
+
+def _within(old: Any, new: Any) -> bool:
+    if isinstance(old, dict) and isinstance(new, dict):
+        return all(name in new and _within(value, new[name]) for name, value in old.items())
+    return bool(old == new)

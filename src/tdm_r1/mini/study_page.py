@@ -30,7 +30,7 @@ Record = dict[str, Any]
 
 
 def write_page(results: Path, world: str) -> Path:
-    """Writes `study_WORLD.md`, its curves and its grid from the records that there are; returns the page."""
+    """Writes `WORLD.md`, its curves and its grid from the records that there are; returns the page."""
     records = read(results / world)
     page = results / f"{world}.md"
     write_text(page, markdown(records, world))

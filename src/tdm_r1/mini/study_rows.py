@@ -53,7 +53,7 @@ ROWS = (
     Row("start", "TDM: the 4-step start", model="start"),
     Row("dgpo-many", "DGPO on the base in 10 guided steps", "mini", policy("dgpo", 3e-4)),
     Row("grpo-many", "Flow-GRPO on the base in 10 guided steps", "mini", policy("flow_grpo", 3e-4)),
-    Row("grpo", "Flow-GRPO on the 4-step start", "mini", policy("flow_grpo", 3e-4, many_steps=False)),
+    Row("grpo", "Flow-GRPO on the 4-step start", "mini", policy("flow_grpo", 3e-4, many_steps=False, noise_level=0.3)),
     Row("nft", "DiffusionNFT on the 4-step start", "mini", policy("nft", 3e-4, many_steps=False, kl_weight=0.1)),
     Row("dgpo", "DGPO on the 4-step start", "mini", policy("dgpo", 3e-4, many_steps=False, kl_weight=0.1)),
     Row(

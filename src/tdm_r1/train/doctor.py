@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from ..models.registry import bundled
 from ..rewards.overview import state_of
 from ..rewards.registry import BUILT_IN
 from ..rewards.scorer import Scorer
-from ..tasks.load import load_task
+from ..tasks.load import load_kl_task, load_task
 from .estimate import estimate
 from .run import Run
 
@@ -47,20 +48,20 @@ def examine(config: RunConfig, *, iteration: bool = True) -> Iterator[Finding]:
     """Checks one thing after the other; what fails does not stop the others, but for the iteration at the end.
 
     Args:
-        iteration: load the model and time an iteration of one group.
+        iteration: load the model and time an iteration of one micro-batch.
     """
     failed = False
     for what, check in CHECKS.items():
         try:
             found = check(config)
-        except (UserError, ValueError, OSError, ImportError) as error:
+        except (UserError, ValueError, OSError, ImportError, RuntimeError) as error:
             found = [Finding(what, False, " ".join(str(error).split()))]
         failed = failed or any(f.ok is False for f in found)
         yield from found
     if not iteration:
         return
     if failed:
-        yield Finding("iteration", None, "not tried: mend the above first")
+        yield Finding("iteration", None, "not tried: fix the above first")
         return
     try:
         yield time_iteration(config)
@@ -80,9 +81,9 @@ def check_device(config: RunConfig) -> list[Finding]:
         big = needed is not None and needed > 4 * GIB
         slow = "; a model of this size takes days on it: use a machine with a GPU" if big else ""
         return [Finding("device", not big, f"CPU, {torch.get_num_threads()} threads; {wanted}{slow}")]
-    properties = torch.cuda.get_device_properties(device)
-    text = f"{properties.name}, {properties.total_memory / GIB:.0f} GiB; {wanted}"
-    if needed is None or needed < properties.total_memory:
+    free, total = torch.cuda.mem_get_info(device)
+    text = f"{torch.cuda.get_device_name(device)}, {free / GIB:.0f} of {total / GIB:.0f} GiB free; {wanted}"
+    if needed is None or needed < free:
         return [Finding("device", True, text)]
     fix = "lower batch.micro_batch, or set model.gradient_checkpointing, model.offload or t5: false"
     return [Finding("device", False, f"{text}: {fix}")]
@@ -122,6 +123,8 @@ def check_prompts(config: RunConfig) -> list[Finding]:
     """Prompt files, and whether the reward takes the prompts."""
     task = load_task(config.task)
     evaluated = task.eval_prompts(config.evaluation.prompts)
+    if config.batch.kl_prompts:
+        load_kl_task(config.task)
     known = f"{len(task.known)} to train on, " if len(task.known) else ""
     example = task.train_prompts(1, np.random.default_rng(0))[0].text
     return [Finding("prompts", True, f"{known}{len(evaluated)} to evaluate on, such as {example!r}")]
@@ -134,7 +137,7 @@ def check_rewards(config: RunConfig) -> list[Finding]:
     picture, found = example_picture(prompt.text, 64 if bundled(config.model.path) else 256), []
     scorer = Scorer(config.reward, config.scoring)
     try:
-        scorer.check([*task.known, prompt])
+        scorer.check([*task.known, *task.eval_prompts(config.evaluation.prompts), prompt])
         for term, scores in zip(scorer.terms, scorer.each(picture[None], [prompt]), strict=True):
             found.append(_judged(term.name, float(scores.values[0]), scores.failures))
     finally:
@@ -178,11 +181,12 @@ CHECKS: dict[str, Callable[[RunConfig], list[Finding]]] = {
 
 
 def time_iteration(config: RunConfig) -> Finding:
-    """Two iterations of one group, the second timed, and what a whole one and the run would take by that."""
+    """Two iterations of one micro-batch, the second timed, and what a whole one and the run would take by that."""
     with TemporaryDirectory() as folder:
-        small = {"batch.prompts": 1, "batch.kl_prompts": 0, "output": Path(folder), "evaluation.every": 0}
-        if config.algorithm == "tdm":
-            small |= {"batch.prompts": min(config.batch.prompts, 8)}
+        b = config.batch
+        groups = min(-(-b.micro_batch // b.group), b.prompts)  # a whole micro-batch: that is what takes memory
+        small: dict[str, Any] = {"batch.prompts": groups, "batch.kl_prompts": 0, "task.kl": None}
+        small |= {"output": Path(folder), "evaluation.every": 0}
         run = Run(config.override(small), console=Console(quiet=True))
         try:
             run.step()

@@ -52,7 +52,7 @@ class Run:
         self.folder = config.folder
         self.files = RunFolder(config.folder)
         self.by_function = reward is not None
-        self.kl_task = load_kl_task(config.task)
+        self.kl_task = load_kl_task(config.task) if config.batch.kl_prompts else None
         self.task, self.scorer = task_and_scorer(config, reward)
         self.reporter = Reporter(config, self.files, self.console)
         self.backbone, teacher = load_backbones(config.model)
@@ -94,7 +94,7 @@ class Run:
     def _without_reward(self) -> tuple[Conditioning, Tensor] | tuple[()]:
         """Conditioning and noise of the samples that KL alone is for."""
         c, i = self.config, self.iteration
-        if not c.batch.kl_prompts:
+        if self.kl_task is None:
             return ()
         prompts = self.kl_task.train_prompts(c.batch.kl_prompts, numpy_rng(c.seed, i, "KL prompts"))
         conditioning = self.embed([p.text for p in prompts])
