@@ -111,7 +111,7 @@ def run_study(study: Study, console: Console) -> None:
 
 
 def one(study: Study, row: Row, seed: int, console: Console) -> tuple[dict[str, Any], np.ndarray]:
-    """A row's record and its pictures, uint8 [N, H, W, 3]."""
+    """A row's record and its pictures, uint8 [N, H, W, 3], whose prompts the record has."""
     config = study.config(row, seed)
     if row.after is not None:
         config = _after(study, row, seed, config, console)
@@ -129,6 +129,7 @@ def one(study: Study, row: Row, seed: int, console: Console) -> tuple[dict[str, 
     sampling = sampling_of(row, run)
     record["network_evaluations"] = sampling.network_evaluations
     record["end"], images = measured(run, sampling)
+    record["pictures"] = [prompt.text for prompt in run.task.eval_prompts(study.prompts)[: len(images)]]
     return record, images
 
 

@@ -139,4 +139,4 @@ def grid(folder: Path, records: dict[str, list[Record]], path: Path) -> None:
     found = [(row, folder / f"{row.file(record['seed'])}.png") for row, record in rows]
     strips = [(row.name, pictures.of_strip(Image.open(strip))) for row, strip in found if strip.exists()]
     if strips:
-        pictures.save_png(pictures.grid(strips, [""] * len(strips[0][1])), path)
+        pictures.save_png(pictures.grid(strips, rows[0][1]["pictures"]), path)
