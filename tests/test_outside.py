@@ -96,7 +96,7 @@ def test_a_reward_of_a_package_is_a_function_or_a_class():
     [
         (
             {"algorithm": "ppo"},
-            r"^algorithm = 'ppo': known are tdm_r1, tdm; your own is named as package\.module:Name$",
+            r"^algorithm = 'ppo': known are tdm_r1, tdm_r1_release, .*; your own is named as package\.module:Name$",
         ),
         ({"task": {"name": "words"}}, r"^task\.name = 'words': known are mini, mini_signs, prompts, geneval; your own"),
         ({"model": {"family": "flux"}}, r"^model\.family = 'flux': known are sd3, z_image; your own"),
