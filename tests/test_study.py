@@ -56,9 +56,7 @@ def test_rows_are_run_once_and_the_page_shows_them(tmp_path: Path):
     assert records["tdm-r1"]["passes"] > 128 * 20
     assert [p["iteration"] for p in records["tdm-r1"]["curve"]] == [0, 1]
     assert len(records["start"]["pictures"]) == 6
-    start, end = (records[n]["end"][0]["strict"] for n in ("start", "tdm-r1"))
-    assert 0 <= start <= 1
-    assert 0 <= end <= 1
+    assert records["start"]["end"] != records["tdm-r1"]["end"]  # on the same noise: the run has moved the model
     page = (one.results / "mini.md").read_text()
     for name in names:
         assert f"| {name} |" in page

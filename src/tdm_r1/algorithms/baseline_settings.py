@@ -33,7 +33,7 @@ class PolicyConfig(Settings):
 
 
 class DGPOConfig(PolicyConfig):
-    """DGPO (arXiv 2510.08425)."""
+    """DGPO (arXiv 2510.08425); defaults: its authors' code for SD3.5-M, where nothing else is said."""
 
     deviation: Literal["batch", "group"] = Field(
         "group", description="Scores are divided by their group's deviation (GenEval), or the whole batch's (OCR)."
@@ -56,7 +56,7 @@ class DGPOConfig(PolicyConfig):
 
 
 class FlowGRPOConfig(PolicyConfig):
-    """Flow-GRPO (arXiv 2505.05470)."""
+    """Flow-GRPO (arXiv 2505.05470); defaults: its authors' code for SD3.5-M, where nothing else is said."""
 
     noise_level: float = Field(
         0.7, gt=0, description="a in the sampler's noise, a sqrt(t / (1 - t)); fewer steps need less."
@@ -67,7 +67,7 @@ class FlowGRPOConfig(PolicyConfig):
 
 
 class NFTConfig(PolicyConfig):
-    """DiffusionNFT (arXiv 2509.16117)."""
+    """DiffusionNFT (arXiv 2509.16117); defaults: its authors' code for SD3.5-M, where nothing else is said."""
 
     mixture: float = Field(1.0, gt=0, description="b in v+ = b v + (1 - b) v_old and v- = (1 + b) v_old - b v.")
     kl_weight: float = Field(1e-4, ge=0, description="Weight of |v - v_ref|^2.")

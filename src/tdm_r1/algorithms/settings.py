@@ -26,7 +26,9 @@ class SamplerConfig(Settings):
     shift: float = Field(3.0, gt=0, description="Shift of the time grid towards noise; default: SD3.")
     solver: Solver = Field("euler", description="euler, dpm (Flow-DPM-Solver, as the paper) or stochastic.")
     guidance: float = Field(
-        1.0, ge=1, description="Guidance scale of sampling, for many-step models; few-step ones need none."
+        1.0,
+        ge=1,
+        description="Guidance scale of sampling, for many-step models; few-step ones need none; default: none.",
     )
 
 

@@ -2,7 +2,7 @@
 
 The same roles as `tdm_r1`, another loop: every gradient of an iteration is accumulated into one update of each role;
 the surrogate is held near its reference in three ways and used with guidance; guidance is one more reward beside a KL
-to the unguided teacher. Written from a description of the release, not from its code. Every choice is a setting
+to the unguided teacher. Written from a description of the release, not from its code. Most choices are settings
 (`ReleaseConfig`), with the paper's or our choice as the alternative; `docs/method.md` has the table.
 """
 

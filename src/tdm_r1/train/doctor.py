@@ -120,7 +120,7 @@ def check_models(config: RunConfig) -> list[Finding]:
 
 
 def check_prompts(config: RunConfig) -> list[Finding]:
-    """Prompt files, and whether the reward takes the prompts."""
+    """The prompts, and those without reward where there are any, can be read."""
     task = load_task(config.task)
     evaluated = task.eval_prompts(config.evaluation.prompts)
     if config.batch.kl_prompts:
