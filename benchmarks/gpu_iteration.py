@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import tempfile
 import time
@@ -24,7 +25,6 @@ import torch
 import transformers
 
 from phases import Phases
-from tdm_r1.algorithms.tdm_r1 import TDMR1
 from tdm_r1.config.load import load_recipe
 from tdm_r1.config.run import RunConfig
 from tdm_r1.models.architectures import architectures, random_pipeline
@@ -34,7 +34,11 @@ from tdm_r1.train.run import Run
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 from tiny_models import TEMPLATE, letters_tokenizer
 
-MODELS = {"sd35_medium": "sd35m_geneval", "z_image": "zimage_geneval"}  # architecture and recipe
+MODELS = {  # recipe and architecture
+    "sd35m_geneval": "sd35_medium",
+    "sd35m_geneval_release": "sd35_medium",
+    "zimage_geneval": "z_image",
+}
 TINY: dict[str, dict[str, Any]] = {
     "sd35_medium": {
         "num_layers": 2,
@@ -65,7 +69,7 @@ TINY_TEXT: dict[str, dict[str, Any]] = {  # text encoders that fit them
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--recipes", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--prompts", type=int, default=2)
     parser.add_argument("--group", type=int, default=24)
     parser.add_argument("--micro-batch", type=int, default=None, help="instead of the recipe's")
@@ -75,9 +79,10 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="small networks, for a machine without a GPU")
     parser.add_argument("--out", type=Path, default=Path("docs/results/gpu_iteration.json"))
     args = parser.parse_args()
-    rows = []
-    for name in args.models:
-        recipe = load_recipe(MODELS[name])
+    rows: list[dict[str, Any]] = []
+    folder = Path(tempfile.mkdtemp())
+    for name in args.recipes:
+        recipe = load_recipe(name)
         config = recipe.override(
             {
                 "iterations": args.iterations + 1,
@@ -87,27 +92,31 @@ def main() -> None:
                 "model.resolution": args.resolution,
                 "model.gradient_checkpointing": not args.keep_activations,
                 "distill_with": None,
+                "model.student_lora": None,
             }
         )
-        with tempfile.TemporaryDirectory() as folder:
-            rows.append(measure(name, config, Path(folder), args.iterations, tiny=args.tiny))
+        if rows and rows[-1]["model"] != MODELS[name]:  # two models are too much for some disks
+            shutil.rmtree(folder)
+        rows.append(measure(name, config, folder, args.iterations, tiny=args.tiny))
         print(json.dumps(rows[-1], indent=1), flush=True)
+    shutil.rmtree(folder)
     result = {"device": _device_name(), "torch": torch.__version__, "tiny": args.tiny, "models": rows}
     args.out.write_text(json.dumps(result, indent=1))
     args.out.with_suffix(".md").write_text(markdown(result))
     print(f"Wrote {args.out} and .md")
 
 
-def measure(name: str, config: RunConfig, folder: Path, iterations: int, *, tiny: bool) -> dict[str, Any]:
-    """One model's row; ``folder`` takes the random pipeline and the run."""
-    save_random_pipeline(name, folder / "pipeline", getattr(torch, config.model.dtype), tiny=tiny)
-    here = {"output": folder, "name": "run", "model.path": str(folder / "pipeline")}
+def measure(recipe: str, config: RunConfig, folder: Path, iterations: int, *, tiny: bool) -> dict[str, Any]:
+    """One recipe's row; ``folder`` takes the random pipeline, unless it is there, and the run."""
+    name = MODELS[recipe]
+    if not (folder / "pipeline").exists():
+        save_random_pipeline(name, folder / "pipeline", getattr(torch, config.model.dtype), tiny=tiny)
+    here: dict[str, Any] = {"output": folder, "name": recipe, "model.path": str(folder / "pipeline")}
     here |= {"model.teacher": here["model.path"]} if config.model.teacher else {}
     start = time.perf_counter()
     run = Run(config.override(here), reward=random_scores)
     loading = time.perf_counter() - start
     run.step()  # warm-up
-    assert isinstance(run.algorithm, TDMR1)
     phases = Phases(run.algorithm, run.backbone)
     phases.wrap(run.backbone, "encode", "text encoders")
     start = time.perf_counter()
@@ -128,7 +137,7 @@ def measure(name: str, config: RunConfig, folder: Path, iterations: int, *, tiny
     return {
         "model": name,
         "command": " ".join(["python benchmarks/gpu_iteration.py", *sys.argv[1:]]),
-        "recipe": MODELS[name],
+        "recipe": recipe,
         "samples": config.batch.prompts * config.batch.group,
         "micro_batch": config.batch.micro_batch,
         "resolution": config.model.resolution,
@@ -189,12 +198,12 @@ def markdown(result: dict) -> str:
         checkpointing = "with" if row["gradient_checkpointing"] else "without"
         lines += [
             "",
-            f"## {row['model']}, {row['samples']} samples",
+            f"## {row['recipe']}, {row['samples']} samples",
             "",
             f"`{row['command']}`",
             "",
             f"{row['samples']} samples of {row['resolution']} px, micro-batches of {row['micro_batch']}, "
-            f"{checkpointing} gradient checkpointing (`{row['recipe']}`): {row['seconds']:.2f} s an iteration, "
+            f"{checkpointing} gradient checkpointing ({row['model']}): {row['seconds']:.2f} s an iteration, "
             f"{row['petaflops']:.3g} PFLOP, "
             f"{100 * row['hardware_utilisation']:.3g} % of an H100's peak ({100 * row['model_utilisation']:.3g} % "
             f"without what checkpointing computes again); {row['expected_peak']:.2f} GiB expected. Loading took "

@@ -9,13 +9,16 @@ from typing import Any
 
 import torch
 
+from tdm_r1.algorithms import tdm_r1_release
+from tdm_r1.algorithms.protocol import Algorithm
 from tdm_r1.algorithms.tdm_r1 import TDMR1
+from tdm_r1.algorithms.tdm_r1_release import TDMR1Release
 from tdm_r1.models.pipeline import PipelineBackbone
 from tdm_r1.models.specification import Role
 
 
 class Phases:
-    """Wraps the parts of an algorithm and counts what happens inside each, from now on.
+    """Wraps the parts of TDM-R1, or of its release, and counts what happens inside each, from now on.
 
     Attributes:
         seconds: by part; a GPU is waited for.
@@ -23,7 +26,7 @@ class Phases:
         peak: bytes of GPU memory at the worst moment, empty without a GPU.
     """
 
-    def __init__(self, algorithm: TDMR1, backbone: PipelineBackbone) -> None:
+    def __init__(self, algorithm: Algorithm, backbone: PipelineBackbone) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
         self.forward: dict[str, int] = defaultdict(int)
         self.backward: dict[str, int] = defaultdict(int)
@@ -32,12 +35,20 @@ class Phases:
         roles = algorithm.roles
         for transformer in {id(t): t for t in (roles.transformer(r) for r in Role if r in roles)}.values():
             transformer.register_forward_pre_hook(self._count, with_kwargs=True)
-        self.wrap(algorithm.tdm, "roll_out", "rollout")
         self.wrap(backbone, "decode", "decode")
-        self.wrap(algorithm.surrogate, "measure", "diagnostics")
-        self.wrap(algorithm.surrogate, "fit", "surrogate")
-        self.wrap(algorithm.tdm, "fit_fake", "fake score")
-        self.wrap(algorithm.tdm, "fit_generator", "generator")
+        if isinstance(algorithm, TDMR1):
+            self.wrap(algorithm.tdm, "roll_out", "rollout")
+            self.wrap(algorithm.surrogate, "measure", "diagnostics")
+            self.wrap(algorithm.surrogate, "fit", "surrogate")
+            self.wrap(algorithm.tdm, "fit_fake", "fake score")
+            self.wrap(algorithm.tdm, "fit_generator", "generator")
+        elif isinstance(algorithm, TDMR1Release):
+            self.wrap(tdm_r1_release, "roll_out", "rollout")
+            self.wrap(algorithm, "fit_surrogate", "surrogate")
+            self.wrap(algorithm, "fit_fake", "fake score")
+            self.wrap(algorithm, "fit_generator", "generator")
+        else:
+            raise TypeError(f"the parts of {type(algorithm).__name__} are not known here")
 
     def _count(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         counter = self.backward if torch.is_grad_enabled() else self.forward

@@ -135,9 +135,12 @@ def experiment(kind: type[Algorithm], start: GaussianMixture, **settings: dict) 
             "teacher_guidance": 1.0,
             "generator": {"learning_rate": 0.02, "betas": (0.5, 0.95)},
             "fake": {"learning_rate": 0.02, "betas": (0.5, 0.95)},
+            "fake_scores": "one",
             "fake_steps": 2,
             "generator_ema_decay": 0.95,
         },
+        "surrogate": {"points": "all", "time_range": (0.0, 1.0), "ema_decay": 0.99, "added_delta": 0.0},
+        "balance": {"scale": 4.0},
     }
     for group, changes in settings.items():
         values[group] = values.get(group, {}) | changes

@@ -228,6 +228,28 @@ def test_a_controlled_scale_goes_on_unless_another_start_is_set():
         assert balance.scale == expected
 
 
+def test_the_limit_weakens_the_reward_while_its_part_is_too_large_and_lets_it_recover():
+    settings = {"batch": SMALL, "surrogate": {"ema_decay": 0.0}}
+    far = experiment(TDMR1, TEACHER, balance={"scale": 3.0, "limit": 1e-9}, **settings)
+    rows = far.run(3)
+    weaker = [math.exp(-0.1 * k) for k in (1, 2, 3)]
+    assert [row["generator/reward_strength"] for row in rows] == pytest.approx(weaker)
+    assert [row["generator/reward_scale"] for row in rows] == pytest.approx([3 * w for w in weaker])
+    near = experiment(TDMR1, TEACHER, balance={"scale": 3.0, "limit": 1e9}, **settings)
+    near.algorithm.load_state(far.algorithm.state())
+    assert near.algorithm.balance.strength == far.algorithm.balance.strength < 1
+    assert near.run(4)[-1]["generator/reward_strength"] == 1.0
+    free = experiment(TDMR1, TEACHER, balance={"scale": 3.0}, **settings)
+    free.algorithm.load_state(far.algorithm.state())  # the limit is taken away: all of it again
+    assert free.algorithm.balance.strength == 1.0
+
+
+def test_a_balance_of_before_there_was_a_limit_goes_on():
+    balance = Balance(BalanceConfig(policy="ratio", scale=4.0))
+    balance.load_state({"scale": 7.0, "start": 4.0})
+    assert balance.scale == 7.0
+
+
 def test_metrics_are_summed_and_averaged():
     sums = Sums()
     sums.add("a", torch.tensor(2.0), 0.5)
@@ -286,7 +308,7 @@ def test_tdm_r1_declares_its_roles():
 
 def test_the_surrogates_weights_are_its_own_setting_unless_every_role_is_full():
     for roles, weights, expected in (("lora", "lora", "lora"), ("lora", "full", "full"), ("full", "lora", "full")):
-        config = validate({"model": {"roles": roles}, "surrogate": {"weights": weights}})
+        config = validate({"model": {"roles": roles}, "surrogate": {"weights": weights, "added_delta": 0.0}})
         specs = {spec.name: spec for spec in TDMR1.declare_roles(config)}
         assert specs[Role.SURROGATE].weights == specs[Role.SURROGATE_EMA].weights == expected
         assert specs[Role.GENERATOR].weights == specs[Role.FAKE].weights == roles

@@ -48,7 +48,10 @@ def test_recipes_resolve_and_round_trip(name: str, tmp_path: Path):
             r"^model\.student_lora = 'here' with model\.roles = full: .* merge it into the model",
         ),
         ({"distill_with": "x", "model": {"roles": "full"}}, r"^distill_with = 'x' with model\.roles = full"),
-        ({"surrogate": {"added_delta_exported": 1.6}}, r"^surrogate\.added_delta_exported = 1\.6 with added_delta = 0"),
+        (
+            {"surrogate": {"added_delta": 0.0, "added_delta_exported": 1.6}},
+            r"^surrogate\.added_delta_exported = 1\.6 with added_delta = 0",
+        ),
         (
             {"tdm": {"fake_scores": "two"}, "sampler": {"steps": 1}},
             r"^tdm\.fake_scores = two with sampler\.steps = 1",
@@ -116,7 +119,7 @@ def test_settings_at_the_edge_are_taken():
     validate({"algorithm": "tdm", "batch": {"prompts": 2, "group": 1}, "tdm": two, "sampler": {"steps": 2}})
     validate({"batch": {"group": 2, "trained": 2}})
     validate({"tdm": two, "surrogate": {"reference": "static"}})
-    validate({"surrogate": {"reference": "fake"}})
+    validate({"tdm": {"fake_scores": "one"}, "surrogate": {"reference": "fake"}})
 
 
 def test_a_recipe_extends_another_key_by_key(tmp_path: Path):

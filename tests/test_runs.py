@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 from collections.abc import Callable
@@ -203,6 +204,33 @@ def test_what_is_exported_may_carry_more_than_training_does(tiny_config: Make):
         with torch.no_grad(), run.roles.use(Role.GENERATOR_EMA) as velocity:
             outputs.append(velocity(*inputs))
     assert (outputs[0] != outputs[1]).any()
+
+
+@pytest.mark.parametrize("weights_of", ["lora", "full"])
+def test_the_limit_weakens_what_is_added_as_much_as_the_scale(tiny_config: Make, weights_of: str):
+    surrogate = {"weights": weights_of, "added_delta": 0.5, "added_delta_exported": 2.0, "ema_decay": 0.0}
+    run = Run(tiny_config(surrogate=surrogate, balance={"scale": 3.0, "limit": 1e-9}, iterations=2))
+    inputs = torch.randn(2, 8, 8, 8), torch.full((2,), 0.5), run.embed(["a cross", "a red circle"])
+
+    def acting(run: Run) -> torch.Tensor:
+        with torch.no_grad(), run.roles.use(Role.GENERATOR) as velocity:
+            return velocity(*inputs)
+
+    run.fit()
+    strength = math.exp(-0.2)
+    assert run.algorithm.balance.scale == pytest.approx(3.0 * strength)
+    again = Run(run.config)  # a run that goes on adds what the one before did
+    again.load(again.checkpoints()[-1])
+    change = run.roles.deltas(Role.SURROGATE_EMA)
+    assert max(float(d.abs().max()) for d in change) > 1e-4
+    for one in (run, again):
+        for role, weight in ((Role.GENERATOR, 0.5), (Role.GENERATOR_EMA, 2.0)):
+            for part, d in zip(one.roles.added_to(role), change, strict=True):
+                torch.testing.assert_close(part, weight * strength * d, atol=1e-6, rtol=1e-4)
+    assert torch.equal(acting(run), acting(again))
+    weakened = acting(run)
+    run.roles.weaken(Role.SURROGATE_EMA, 1.0)
+    assert float((acting(run) - weakened).abs().max()) > 1e-6
 
 
 def test_a_finished_run_is_exported_again_with_more_carried(tiny_config: Make, capsys):

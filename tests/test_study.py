@@ -11,9 +11,9 @@ from rich.console import Console
 from tdm_r1.cli import main
 from tdm_r1.errors import UserError
 from tdm_r1.mini.study import Study, _within, run_study
-from tdm_r1.mini.study_rows import ROWS
+from tdm_r1.mini.study_search import ALL
 
-BY_NAME = {row.name: row for row in ROWS}
+BY_NAME = {row.name: row for row in ALL}
 
 
 def study(folder: Path, *names: str, scored: int = 128, seeds: tuple[int, ...] = (0,)) -> Study:
@@ -22,14 +22,14 @@ def study(folder: Path, *names: str, scored: int = 128, seeds: tuple[int, ...] =
 
 
 @pytest.mark.parametrize("world", ["mini", "mini_signs"])
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+@pytest.mark.parametrize("row", ALL, ids=lambda row: row.name)
 def test_every_row_has_settings_that_can_run(world: str, row, tmp_path: Path):
     one = Study(world, 7680, 300, [row], (0,), tmp_path, tmp_path)
     config = one.config(row, 1)
-    assert config.iterations * config.batch.prompts * config.batch.group == 7680
+    assert config.iterations * config.batch.prompts * config.batch.group == 7680 * row.budget
     assert config.model.path == world
-    assert (config.model.student_lora == world) or (row.name.endswith("-many") and config.sampler.guidance == 2)
-    assert len({one.record_of(r, seed) for r in ROWS for seed in (0, 1)}) == 2 * len(ROWS)
+    assert (config.model.student_lora == world) or ("-many" in row.name and config.sampler.guidance == 2)
+    assert len({one.record_of(r, seed) for r in ALL for seed in (0, 1)}) == 2 * len(ALL)
 
 
 def test_an_unknown_row_is_an_error(capsys: pytest.CaptureFixture):

@@ -12,9 +12,7 @@ from mixture_world import SMALL, TEACHER, Mixture, batch_of, conditioning, exper
 from tdm_r1.algorithms.rollout import Draw
 from tdm_r1.algorithms.surrogate import Probe, preference_accuracy, whole_groups
 from tdm_r1.algorithms.tdm_r1 import TDMR1
-from tdm_r1.config.run import validate
 from tdm_r1.core import flow, losses
-from tdm_r1.errors import UserError
 from tdm_r1.models.protocol import Conditioning
 from tdm_r1.models.specification import Role
 
@@ -255,28 +253,12 @@ def test_the_probe_keeps_its_first_points():
     assert probe.cosine(*points[2], lambda *p: -direction(*p)) == pytest.approx(-1.0)
 
 
-def test_kappa_falls_while_the_rewards_part_is_too_large_and_rises_up_to_its_setting():
-    settings = {"batch": SMALL, "surrogate": {"kappa": 2.0, "ema_decay": 0.0}}
-    far = experiment(TDMR1, TEACHER, balance={"limit": 1e-9}, **settings)
-    kappas = [row["surrogate/kappa"] for row in far.run(3)]
-    assert kappas == pytest.approx([2 * math.exp(-0.03 * k) for k in (1, 2, 3)])
-    near = experiment(TDMR1, TEACHER, balance={"limit": 1e9}, **settings)
-    near.algorithm.load_state(far.algorithm.state())
-    assert near.algorithm.surrogate.kappa.value == far.algorithm.surrogate.kappa.value < 2
-    assert near.run(4)[-1]["surrogate/kappa"] == 2.0
-    free = experiment(TDMR1, TEACHER, **settings)
-    free.algorithm.load_state(far.algorithm.state())  # the limit is taken away: kappa is the setting again
-    assert free.run(2)[1]["surrogate/kappa"] == 2.0
-    with pytest.raises(UserError, match=r"^balance\.limit = 0\.2 with surrogate\.loss = preference"):
-        validate({"balance": {"limit": 0.2}, "surrogate": {"loss": "preference"}})
-
-
-def test_the_target_is_scaled_by_the_kappa_that_is_controlled():
+def test_the_target_is_scaled_by_kappa():
     """Phi's first gradient is in proportion to kappa: at phi = ref the residual is the target alone."""
     moved = {}
     for value in (1.0, 0.25):
-        one = with_sgd(experiment(TDMR1, TEACHER, batch=SMALL, surrogate={"loss": "anchored", "draws": 1}))
-        one.algorithm.surrogate.kappa.value = value
+        surrogate = {"loss": "anchored", "draws": 1, "kappa": value}
+        one = with_sgd(experiment(TDMR1, TEACHER, batch=SMALL, surrogate=surrogate))
         before = gradients(one, Role.SURROGATE)
         one.run(1)
         moved[value] = {n: p - before[n] for n, p in gradients(one, Role.SURROGATE).items()}

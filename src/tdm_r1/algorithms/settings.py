@@ -62,9 +62,9 @@ class BatchConfig(Settings):
 class TDMConfig(Settings):
     """Settings of TDM. Those of the mini recipes were measured (docs/notes)."""
 
-    generator: OptimizerConfig = OptimizerConfig(learning_rate=2e-4)
+    generator: OptimizerConfig = OptimizerConfig(learning_rate=2e-4, decay_share=0.5)
     fake: OptimizerConfig = OptimizerConfig(learning_rate=4e-4)
-    fake_steps: int = Field(1, ge=1, description="Fake-score updates per generator update; default: ours.")
+    fake_steps: int = Field(2, ge=1, description="Fake-score updates per generator update; default: ours, docs/notes.")
     teacher_guidance: float = Field(3.0, ge=1, description="Guidance scale of the teacher, 1 for none; default: ours.")
     generator_ema_decay: float = Field(
         0.98,
@@ -73,10 +73,10 @@ class TDMConfig(Settings):
         description="EMA decay of the averaged generator, which is evaluated and exported; default: ours.",
     )
     fake_scores: Literal["one", "two"] = Field(
-        "one",
+        "two",
         json_schema_extra=SHAPES_CHECKPOINT,
         description="one: a fake score for all points of the trajectory (TDM). two: x_0 has its own, trained on the "
-        "final samples alone; ours, docs/method.md.",
+        "final samples alone; default: ours, docs/method.md.",
     )
     noise_range: NoiseRange = Field(
         "to_noise",
@@ -128,22 +128,23 @@ class SurrogateConfig(Settings):
         "model.surrogate_lora; default: ours, docs/notes.",
     )
     points: Literal["all", "final"] = Field(
-        "all", description="Trajectory points that phi learns from: every x_{t_k} (paper), or x_0 alone."
+        "final",
+        description="Trajectory points that phi learns from: every x_{t_k} (paper), or x_0 alone; default: ours.",
     )
     time_range: tuple[float, float] = Field(
-        (0.0, 1.0),
+        (0.3, 0.95),
         description="Noise levels at which phi is trained and used; outside, the KL part acts alone; default: ours.",
     )
     shared_noise: bool = Field(True, description="One t, k and noise per group; default: DGPO.")
     reference_decay: float = Field(0.995, ge=0, lt=1, description="Decay of the dynamic reference; default: ours.")
     ema_decay: float = Field(
-        0.99, ge=0, lt=1, description="Decay of the average of phi whose direction is used; default: ours, docs/notes."
+        0.995, ge=0, lt=1, description="Decay of the average of phi whose direction is used; default: ours, docs/notes."
     )
     added_delta: float = Field(
-        0.0,
+        1.0,
         ge=0,
-        description="Weight at which the averaged phi's change of weights is added to generator and fake score; 0 is "
-        "the paper; ours, docs/method.md.",
+        description="Weight at which the averaged phi's change of weights is added to generator and fake score; 0: the "
+        "paper; default: ours, docs/method.md.",
     )
     added_delta_exported: float | None = Field(
         None,
@@ -184,15 +185,16 @@ class BalanceConfig(Settings):
         description="fixed: a guidance scale, ours. ratio: a slow, bounded controller towards reward:KL = ratio.",
     )
     scale: float = Field(
-        4.0, ge=0, description="The guidance scale, and the controller's start; default: ours, docs/notes."
+        8.0, ge=0, description="The guidance scale, and the controller's start; default: ours, docs/notes."
     )
     ratio: float = Field(2.0, gt=0, description="reward:KL of the gradient; default: paper.")
     limit: float | None = Field(
         None,
         gt=0,
-        description="Largest reward part of the generator's direction, over the normaliser: a controller lowers the "
-        "surrogate's kappa while it is larger, so that a reward that is easy to predict moves the model no more than "
-        "others; needs the anchored loss; null for no limit; default: ours.",
+        description="Largest reward part of the generator's direction, over the normaliser. At rest it equals the KL "
+        "part, so this bounds the distance from the teacher, and a reward that is easy to predict moves the model no "
+        "further than others. While it is larger, a controller weakens the scale and what is added to the generator; "
+        "null for no limit; default: ours.",
     )
     rate: float = Field(0.02, gt=0, description="The controller's step in log scale; default: ours.")
     bounds: tuple[float, float] = Field((0.5, 20.0), description="Bounds of the controlled scale; default: ours.")
@@ -352,11 +354,6 @@ def check_tdm_r1(settings: AlgorithmSettings) -> None:
     check_groups(settings)
     if b.trained == 1:
         raise ValueError("batch.trained = 1: one sample of a group has nothing to be compared with; use 2 or more")
-    if c.balance.limit is not None and s.loss != "anchored":
-        raise ValueError(
-            f"balance.limit = {c.balance.limit} with surrogate.loss = {s.loss}: it scales the anchored target; set "
-            "surrogate.loss to anchored, or balance.limit to null"
-        )
     if s.draws == 0 and not c.model.surrogate_lora:
         raise ValueError(
             "surrogate.draws = 0 without model.surrogate_lora: a surrogate that is never trained has no reward signal; "

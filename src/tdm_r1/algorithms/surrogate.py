@@ -13,15 +13,11 @@ from ..core import flow, losses
 from ..models.protocol import Conditioning, in_parts
 from ..models.roles import Roles
 from ..models.specification import Role
-from .controller import Controller
 from .metrics import Sums
 from .optimizer import Optimizer
 from .rollout import Draw, Rollout, draw_points
 from .settings import AlgorithmSettings
 from .tdm import TDM, RewardPart
-
-KAPPA_RATE = 0.03  # of the controller that keeps the reward's part within `balance.limit`, an iteration
-KAPPA_LEAST = 0.01  # of kappa, to which it goes down at most
 
 
 class Surrogate:
@@ -36,8 +32,6 @@ class Surrogate:
         self.group_size, self.micro_batch = settings.batch.group, settings.batch.micro_batch
         total = settings.iterations * self.config.draws
         self.optimizer = Optimizer(roles.parameters(Role.SURROGATE), self.config.optimizer, total=total)
-        self.kappa = Controller(self.config.kappa, KAPPA_RATE, (KAPPA_LEAST * self.config.kappa, self.config.kappa))
-        self.limited = settings.balance.limit
         self.probe = Probe()
 
     def fit(self, rollout: Rollout, advantage: Tensor, rows: Tensor, noise: torch.Generator) -> dict[str, float]:
@@ -68,7 +62,7 @@ class Surrogate:
                     draw.s[part],
                     t,
                     advantage[part],
-                    kappa=self.kappa.value,
+                    kappa=self.config.kappa,
                 )
                 (loss.sum() / n).backward()
             sums.add("surrogate/loss", loss.sum(), 1 / n)
@@ -155,19 +149,11 @@ class Surrogate:
         low, high = self.config.time_range
         return flow.expand((t >= low) & (t <= high), x_t) * losses.reward_direction(x0_phi, x0_ref)
 
-    def limit(self, reward_part: float) -> None:
-        """Lowers the targets while the reward's part of the generator's direction is larger than it may be, and raises
-        them again up to kappa: it is in proportion to them, and so is what is added to the generator."""
-        if self.limited and reward_part > 0:
-            self.kappa.update(math.log(self.limited / reward_part))
-
     def state(self) -> dict[str, Any]:
-        return {"optimizer": self.optimizer.state(), "kappa": self.kappa.state()}
+        return {"optimizer": self.optimizer.state()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        self.optimizer.load_state(state.get("optimizer", state))  # before there was a limit, that was all
-        if self.limited and "kappa" in state:
-            self.kappa.load_state(state["kappa"])
+        self.optimizer.load_state(state.get("optimizer", state))  # in older checkpoints that was all
 
     # -------------------------------------------------------------------------------------- diagnostics
 

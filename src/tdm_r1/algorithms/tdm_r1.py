@@ -30,6 +30,9 @@ from .settings import AlgorithmSettings, BalanceConfig, check_tdm_r1
 from .surrogate import Surrogate
 from .tdm import TDM
 
+LIMIT_RATE = 0.1  # of the controller that keeps the reward's part within `balance.limit`: at most 10 % an iteration
+STRENGTH_LEAST = 0.01
+
 
 class TDMR1(Algorithm):
     """Algorithm 1. Samples of one prompt (a group) are consecutive rows throughout."""
@@ -80,8 +83,8 @@ class TDMR1(Algorithm):
         with seconds("generator"):
             metrics |= self.tdm.fit_generator(rollout, noise, self.reward_part, rewarded)
         self.balance.update(metrics["generator/reward_part"], metrics["generator/kl_part"])
-        self.surrogate.limit(metrics["generator/reward_part"])
-        scales = {"generator/reward_scale": self.balance.scale, "surrogate/kappa": self.surrogate.kappa.value}
+        self.roles.weaken(Role.SURROGATE_EMA, self.balance.strength)
+        scales = {"generator/reward_scale": self.balance.scale, "generator/reward_strength": self.balance.strength}
         return metrics | scales | seconds.read()
 
     def reward_part(self, x_t: Tensor, t: Tensor, c: Conditioning) -> Tensor:
@@ -99,6 +102,7 @@ class TDMR1(Algorithm):
         self.tdm.load_state(state["tdm"])
         self.surrogate.load_state(state["surrogate"])
         self.balance.load_state(state["balance"])
+        self.roles.weaken(Role.SURROGATE_EMA, self.balance.strength)
 
     # -------------------------------------------------------------------------------------- declarations
 
@@ -143,29 +147,43 @@ class TDMR1(Algorithm):
 
 
 class Balance:
-    """The named policy that weighs reward against KL. Its state is one number, and it is logged.
+    """The named policy that weighs reward against KL. Its state is two numbers, and they are logged.
 
     Rescaling every batch to the wanted ratio runs away: off-manifold students raise the KL part, and the rule raises
-    the reward with it. The controller moves by at most ``rate`` an iteration and stays within bounds.
+    the reward with it. The controllers move by little an iteration and stay within bounds.
     """
 
     def __init__(self, config: BalanceConfig) -> None:
         self.config = config
         self.controller = Controller(config.scale, config.rate, config.bounds)
+        self.limiter = Controller(1.0, LIMIT_RATE, (STRENGTH_LEAST, 1.0))
 
     @property
     def scale(self) -> float:
-        return self.controller.value
+        """Lambda of Eq. 10."""
+        return self.controller.value * self.strength
+
+    @property
+    def strength(self) -> float:
+        """Share of the reward's whole pull that keeps within ``limit``: of lambda, and of what is added to the
+        generator. Both act at once; phi itself is learned at full strength."""
+        return self.limiter.value
 
     def update(self, reward_part: float, kl_part: float) -> None:
-        """Moves the scale towards the wanted ratio of the two parts of the last update."""
-        if self.config.policy == "ratio" and reward_part > 0:
-            self.controller.update(math.log(self.config.ratio * max(kl_part, 1e-12) / reward_part))
-
-    def state(self) -> dict[str, float]:
-        return self.controller.state()
-
-    def load_state(self, state: Mapping[str, float]) -> None:
-        """Goes on with the controlled scale, unless the run now has another start. A fixed scale is a setting."""
+        """Moves the scale towards the wanted ratio of the last update's two parts, and the strength to the limit."""
+        if reward_part <= 0:
+            return
         if self.config.policy == "ratio":
-            self.controller.load_state(state)
+            self.controller.update(math.log(self.config.ratio * max(kl_part, 1e-12) / reward_part))
+        if self.config.limit is not None:
+            self.limiter.update(math.log(self.config.limit / reward_part))
+
+    def state(self) -> dict[str, Any]:
+        return {"scale": self.controller.state(), "strength": self.limiter.state()}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Goes on with what is controlled, unless the run now has another start. A fixed scale is a setting."""
+        if self.config.policy == "ratio":
+            self.controller.load_state(state["scale"] if "strength" in state else state)  # in older checkpoints alone
+        if self.config.limit is not None and "strength" in state:
+            self.limiter.load_state(state["strength"])

@@ -30,7 +30,8 @@ from ..train.run import Run
 from .bundle import bundle_path
 from .report import better
 from .study_page import write_page
-from .study_rows import BASE_GUIDANCE, BASE_STEPS, ROWS, Row
+from .study_rows import BASE_GUIDANCE, BASE_STEPS, Row
+from .study_search import ALL
 
 DRAWS = 2  # of noise that start and end are measured on; neither training nor the curves use them
 CURVE = 4  # evaluations of a run beside the one of its start
@@ -76,7 +77,7 @@ class Study:
         start = {} if "model.student_lora" in row.changes else {"model.student_lora": self.world}
         changes = world | start | dict(row.changes)
         config = load_recipe(row.recipe or "mini").override(changes)
-        iterations = max(round(self.scored / (config.batch.prompts * config.batch.group)), 1)
+        iterations = max(round(self.scored * row.budget / (config.batch.prompts * config.batch.group)), 1)
         return config.override(
             {
                 "seed": seed,
@@ -135,7 +136,7 @@ def one(study: Study, row: Row, seed: int, console: Console) -> tuple[dict[str, 
 
 def named(name: str) -> Row:
     """A row by its name."""
-    return next(row for row in ROWS if row.name == name)
+    return next(row for row in ALL if row.name == name)
 
 
 def _train(run: Run, console: Console) -> None:

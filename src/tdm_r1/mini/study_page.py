@@ -14,7 +14,8 @@ from PIL import Image
 from ..evaluate import pictures
 from ..files import whole_file, write_text
 from .report import better
-from .study_rows import ROWS, Row
+from .study_rows import Row
+from .study_search import ALL
 
 TRAINED = {"mini": "strict", "mini_signs": "reward"}
 HELD_OUT = {
@@ -25,6 +26,9 @@ PARTS = {
     "methods": "Methods",
     "ablations": "This project's choices, one at a time",
     "release": "The release's choices, one at a time",
+    "rewards": "Rewards that nobody tuned on",
+    "batch": "Small and large batches, six times the images",
+    "search": "The search of each method's settings",
 }
 Record = dict[str, Any]
 
@@ -45,7 +49,7 @@ def read(folder: Path) -> dict[str, list[Record]]:
     for path in sorted(folder.glob("*.json")):
         record = json.loads(path.read_text())
         found[record["row"]].append(record)
-    return {row.name: sorted(found[row.name], key=lambda r: r["seed"]) for row in ROWS if row.name in found}
+    return {row.name: sorted(found[row.name], key=lambda r: r["seed"]) for row in ALL if row.name in found}
 
 
 def markdown(records: dict[str, list[Record]], world: str) -> str:
@@ -65,7 +69,7 @@ def markdown(records: dict[str, list[Record]], world: str) -> str:
         f"![pictures]({world}_grid.png)",
     ]
     for part, title in PARTS.items():
-        rows = [row for row in ROWS if row.group == part and row.name in records]
+        rows = [row for row in ALL if row.group == part and row.name in records]
         if rows:
             lines += ["", f"## {title}", "", *table(rows, records, world)]
     return "\n".join(lines) + "\n"
@@ -107,7 +111,7 @@ def curves(records: dict[str, list[Record]], world: str, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = [row for row in ROWS if row.group == "methods" and any("curve" in r for r in records.get(row.name, ()))]
+    rows = [row for row in ALL if row.group == "methods" and any("curve" in r for r in records.get(row.name, ()))]
     if not rows:
         return
     figure = Figure(figsize=(15, 8), layout="constrained")
@@ -135,7 +139,7 @@ def curves(records: dict[str, list[Record]], world: str, path: Path) -> None:
 
 def grid(folder: Path, records: dict[str, list[Record]], path: Path) -> None:
     """The strips of the first seed of every method, one below the other."""
-    rows = [(row, records[row.name][0]) for row in ROWS if row.group == "methods" and row.name in records]
+    rows = [(row, records[row.name][0]) for row in ALL if row.group == "methods" and row.name in records]
     found = [(row, folder / f"{row.file(record['seed'])}.png") for row, record in rows]
     strips = [(row.name, pictures.of_strip(Image.open(strip))) for row, strip in found if strip.exists()]
     if strips:

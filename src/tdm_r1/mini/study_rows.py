@@ -23,6 +23,7 @@ class Row:
         after: a row whose finished run this one needs, and what it takes of it: the surrogate; the generator, merged,
             as the teacher.
         group: the part of the page.
+        budget: times the study's scored images.
     """
 
     name: str
@@ -31,11 +32,13 @@ class Row:
     changes: Mapping[str, Any] = field(default_factory=dict)
     model: Literal["generator", "start", "base", "surrogate"] = "generator"
     after: tuple[str, Literal["surrogate", "teacher"]] | None = None
-    group: Literal["methods", "ablations", "release"] = "methods"
+    group: Literal["methods", "ablations", "release", "rewards", "batch", "search"] = "methods"
+    budget: float = 1.0
 
     def file(self, seed: int) -> str:
         """Name of the row's files."""
-        return f"{self.name.replace(':', '').replace(' ', '-')}-{seed}"
+        name = "".join(letter for letter in self.name if letter not in ":,")
+        return f"{name.replace(' ', '-')}-{seed}"
 
 
 def policy(name: str, learning_rate: float, *, many_steps: bool = True, **own: Any) -> dict[str, Any]:
@@ -48,6 +51,12 @@ def policy(name: str, learning_rate: float, *, many_steps: bool = True, **own: A
     return changes | {f"{name}.{key}": value for key, value in own.items()}
 
 
+DIRECT = {"algorithm": "tdm_direct_rl", "tdm.fake_scores": "one", "dgpo.time_low": 0.0}
+UNTUNED = {  # rewards on which the recipe is tried unchanged
+    "jpeg": "jpeg_compressibility",
+    "size": "tdm_r1.mini.preferences:size",
+    "count": "tdm_r1.mini.preferences:count",
+}
 ROWS = (
     Row("base", "the base in 20 guided steps", model="base"),
     Row("start", "TDM: the 4-step start", model="start"),
@@ -66,7 +75,7 @@ ROWS = (
         "tdm-direct",
         "TDM + direct RL loss (Fig. 4, 5)",
         "mini",
-        {"algorithm": "tdm_direct_rl", "tdm.fake_scores": "one", "dgpo.time_low": 0.0},
+        DIRECT,
     ),
     Row(
         "dgpo-then-tdm", "DGPO teacher, then TDM (Fig. 9)", "mini", {"algorithm": "tdm"}, after=("dgpo-many", "teacher")
@@ -112,5 +121,22 @@ ROWS = (
             ("fake to point", "fake score back to x_s (ours)", "fake_target", "point"),
             ("low t", "surrogate's t from .30 (the release's for OCR)", "surrogate_low", 0.3),
         )
+    ),
+    *(Row(f"reward: {name}", reward, "mini", {"reward": reward}, group="rewards") for name, reward in UNTUNED.items()),
+    # six times the images, in small batches and in the release's
+    *(
+        Row(
+            f"{name}: {p} x {g}",
+            f"{what}, {p} x {g} images",
+            recipe,
+            {"batch.prompts": p, "batch.group": g},
+            budget=6,
+            group="batch",
+        )
+        for name, what, recipe in (
+            ("tdm-r1", "this project's recipe", "mini"),
+            ("release", "the authors' code", "mini_release"),
+        )
+        for p, g in ((8, 16), (48, 24))
     ),
 )

@@ -38,7 +38,8 @@ class Roles:
         self.merge = merge
         self._copies = {key: adapter_weights(host.transformer, key[1]) for key, host in self._elsewhere().items()}
         self._copied: dict[tuple[int, str], list[int]] = {}  # versions of what each copy was made from
-        self._combined: dict[tuple[str, bool], tuple[list[int], list[Tensor]]] = {}  # see `_combine_once`
+        self._combined: dict[tuple[str, bool], tuple[list[float], list[Tensor]]] = {}  # see `_combine_once`
+        self._strength: dict[str, float] = {}  # see `weaken`
         hosts = {id(role.host): role.host for role in self._members.values()}.values()
         self.tf32 = any(host.mixed_precision for host in hosts)
         for (_, adapter), host in self._elsewhere().items():
@@ -98,6 +99,15 @@ class Roles:
     def _added(self, role: RoleWeights) -> RoleWeights | None:
         return self._members[role.spec.added.role] if role.spec.added else None
 
+    def weaken(self, name: str, strength: float) -> None:
+        """From now on, where the role ``name`` is added to others, it is with ``strength`` times their weight."""
+        self._strength[name] = strength
+
+    def _weight(self, role: RoleWeights) -> float:
+        """At which another role's change is added to this one's."""
+        added = role.spec.added
+        return added.weight * self._strength.get(added.role, 1.0) if added else 0.0
+
     def _elsewhere(self) -> dict[tuple[int, str], Host]:
         """Where a copy of an adapter has to stand, under its name: beside roles to which it is added while it sits on
         another transformer."""
@@ -115,7 +125,7 @@ class Roles:
         own, other = (role.adapter, 1.0), self._added(role)
         if role.spec.added is None or other is None or other.adapter is None:
             return (own,)
-        return own, (str(other.adapter), role.spec.added.weight)
+        return own, (str(other.adapter), self._weight(role))
 
     @torch.no_grad()  # what is added is a constant
     def _refresh_copy(self, role: RoleWeights) -> None:
@@ -130,12 +140,12 @@ class Roles:
 
     def _base(self, role: RoleWeights) -> list[Tensor]:
         """The weights that the role's adapter acts on: the backbone's, with the change of a role of full weights."""
-        other, added = self._added(role), role.spec.added
-        if added is None or other is None or other.adapter is not None:
+        other, weight = self._added(role), self._weight(role)
+        if other is None or other.adapter is not None:
             return role.host.base
 
         def combine() -> list[Tensor]:
-            return [(w + added.weight * d).to(w.dtype) for w, d in zip(role.host.base, other.deltas(), strict=True)]
+            return [(w + weight * d).to(w.dtype) for w, d in zip(role.host.base, other.deltas(), strict=True)]
 
         return self._combine_once(role, False, combine)
 
@@ -144,9 +154,9 @@ class Roles:
 
         def combine() -> list[Tensor]:
             parts = [self._base(role), role.deltas()]
-            other, added = self._added(role), role.spec.added
-            if added is not None and other is not None and other.adapter is not None:
-                parts.append([added.weight * d for d in other.deltas()])
+            other, weight = self._added(role), self._weight(role)
+            if other is not None and other.adapter is not None:
+                parts.append([weight * d for d in other.deltas()])
             return [sum(rest, start=w).to(w.dtype) for w, *rest in zip(*parts, strict=True)]
 
         return self._combine_once(role, True, combine)
@@ -154,7 +164,7 @@ class Roles:
     def _combine_once(self, role: RoleWeights, merged: bool, combine: Callable[[], list[Tensor]]) -> list[Tensor]:
         """Copies of weights, made again when those have changed that they are made of."""
         key, other = (role.spec.name, merged), self._added(role)
-        versions = role.versions + (other.versions if other else [])
+        versions: list[float] = [*role.versions, *(other.versions if other else ()), self._weight(role)]
         if key not in self._combined or self._combined[key][0] != versions:
             with torch.no_grad():  # a copy for inference, or what is added: a constant
                 self._combined[key] = (versions, combine())
@@ -203,7 +213,7 @@ class Roles:
         """What is added to the role's own change of each adapted layer; None if nothing is."""
         role = self._members[name]
         other = self._added(role)
-        return [role.spec.added.weight * d for d in other.deltas()] if role.spec.added and other else None
+        return [self._weight(role) * d for d in other.deltas()] if other else None
 
     def update_averages(self, source: str, *, updates: int = 0) -> None:
         """Every role that averages ``source`` follows it; ``updates``: how many the source has had, for ramps."""

@@ -38,16 +38,16 @@ class StudyCommand:
 
 def main(args: list[str]) -> int:
     command = tyro.cli(StudyCommand, args=args, prog="tdm-r1 study")
-    from ..study_rows import ROWS
+    from ..study_search import ALL
 
     if command.list:
-        for row in ROWS:
-            print(f"{row.name:<28}{row.what}")
+        for row in ALL:
+            print(f"{row.name:<44}{row.what}")
         return 0
-    names = {row.name for row in ROWS}
+    names = {row.name for row in ALL}
     if unknown := [name for name in command.only if name not in names]:
         raise UserError(f"--only = {unknown[0]!r}: no such row; --list prints them")
-    rows = [r for r in ROWS if (r.name in command.only if command.only else r.group == "methods")]
+    rows = [r for r in ALL if (r.name in command.only if command.only else r.group == "methods")]
     from ..study import Study, run_study
 
     study = Study(command.world, command.scored, command.prompts, rows, command.seeds, command.results, command.runs)
