@@ -83,6 +83,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp())
     for name in args.recipes:
         recipe = load_recipe(name)
+        block = recipe.release.time_block
         config = recipe.override(
             {
                 "iterations": args.iterations + 1,
@@ -93,6 +94,7 @@ def main() -> None:
                 "model.gradient_checkpointing": not args.keep_activations,
                 "distill_with": None,
                 "model.student_lora": None,
+                "release.time_block": block if block and args.group % block == 0 else None,
             }
         )
         if rows and rows[-1]["model"] != MODELS[name]:  # two models are too much for some disks
@@ -136,7 +138,7 @@ def measure(recipe: str, config: RunConfig, folder: Path, iterations: int, *, ti
     held = sum(expected.held.values())
     return {
         "model": name,
-        "command": " ".join(["python benchmarks/gpu_iteration.py", *sys.argv[1:]]),
+        "command": _command(),
         "recipe": recipe,
         "samples": config.batch.prompts * config.batch.group,
         "micro_batch": config.batch.micro_batch,
@@ -180,6 +182,14 @@ def save_random_pipeline(name: str, folder: Path, dtype: torch.dtype, *, tiny: b
 
 def random_scores(images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> np.ndarray:
     return np.random.default_rng(len(images)).random(len(images))
+
+
+def _command() -> str:
+    """What was run, but for where the result went."""
+    words = sys.argv[1:]
+    if "--out" in words:
+        del words[words.index("--out") : words.index("--out") + 2]
+    return " ".join(["python benchmarks/gpu_iteration.py", *words])
 
 
 def _device_name() -> str:

@@ -5,7 +5,8 @@ pictures again with those weights shows that distribution without any training: 
 reward's side effects cost in held-out metrics. A surrogate that is no better than the reward cannot do better.
 
 Run: ``python benchmarks/reward_tilt.py`` (writes docs/results/reward_tilt.json and reward_tilt.md);
-``--recipe mini_ocr --out docs/results/reward_tilt_signs.json`` for signs that an OCR reads.
+``--recipe mini_ocr --out docs/results/reward_tilt_signs.json`` for signs that an OCR reads; ``--reward
+jpeg_compressibility --inverse-betas 0 0.1 0.2 0.5 1 --out docs/results/reward_tilt_jpeg.json`` for another reward.
 """
 
 from __future__ import annotations
@@ -32,11 +33,14 @@ INVERSE_BETAS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="mini")
+    parser.add_argument("--reward", default=None, help="instead of the recipe's")
+    parser.add_argument("--inverse-betas", type=float, nargs="+", default=list(INVERSE_BETAS))
     parser.add_argument("--samples", type=int, default=48, help="of each of the evaluation's prompts")
     parser.add_argument("--repeats", type=int, default=4, help="draws, over which mean and deviation are taken")
     parser.add_argument("--out", type=Path, default=Path("docs/results/reward_tilt.json"))
     args = parser.parse_args()
-    run = Run(load_recipe(args.recipe))
+    config = load_recipe(args.recipe)
+    run = Run(config.override({"reward": args.reward}) if args.reward else config)
     e = run.config.evaluation
     prompts = run.task.eval_prompts(e.prompts)
     images, rewards = samples(run, args.samples)
@@ -44,7 +48,7 @@ def main() -> None:
     rng = np.random.default_rng(0)
     repeated = [p for p in prompts for _ in range(e.images_per_prompt)]
     rows = []
-    for inverse_beta in track(INVERSE_BETAS, "tilting"):
+    for inverse_beta in track(args.inverse_betas, "tilting"):
         found = []
         for _ in range(args.repeats):
             drawn = tilted(advantages, inverse_beta, e.images_per_prompt, rng)

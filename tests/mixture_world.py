@@ -140,7 +140,7 @@ def experiment(kind: type[Algorithm], start: GaussianMixture, **settings: dict) 
             "generator_ema_decay": 0.95,
         },
         "surrogate": {"points": "all", "time_range": (0.0, 1.0), "ema_decay": 0.99, "added_delta": 0.0},
-        "balance": {"scale": 4.0},
+        "balance": {"scale": 4.0, "limit": None},
     }
     for group, changes in settings.items():
         values[group] = values.get(group, {}) | changes

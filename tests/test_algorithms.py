@@ -187,7 +187,7 @@ def test_an_algorithm_goes_on_from_its_state(kind):
 
 
 def test_the_controller_moves_slowly_towards_the_ratio_and_stays_in_bounds():
-    config = BalanceConfig(policy="ratio", scale=4.0, ratio=2.0, rate=0.1, bounds=(3.5, 5.0))
+    config = BalanceConfig(policy="ratio", scale=4.0, ratio=2.0, rate=0.1, bounds=(3.5, 5.0), limit=None)
     balance = Balance(config)
     balance.update(1.0, 1.0)  # 1:1, wanted 2:1
     assert balance.scale == pytest.approx(4.0 * math.exp(0.1 * math.log(2)))
@@ -204,13 +204,13 @@ def test_the_controller_moves_slowly_towards_the_ratio_and_stays_in_bounds():
     before = balance.scale
     balance.update(0.0, 1.0)  # nothing to weigh
     assert balance.scale == before
-    fixed = Balance(BalanceConfig(scale=4.0))
+    fixed = Balance(BalanceConfig(scale=4.0, limit=None))
     fixed.update(1.0, 50.0)
     assert fixed.scale == 4.0
 
 
 def one_step(reward_part: float, kl_part: float) -> float:
-    balance = Balance(BalanceConfig(policy="ratio", scale=4.0, ratio=2.0, rate=0.1, bounds=(0.1, 50.0)))
+    balance = Balance(BalanceConfig(policy="ratio", scale=4.0, ratio=2.0, rate=0.1, bounds=(0.1, 50.0), limit=None))
     balance.update(reward_part, kl_part)
     return balance.scale
 

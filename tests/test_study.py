@@ -46,17 +46,19 @@ def test_a_row_that_needs_another_says_which(tmp_path: Path):
 
 @pytest.mark.slow
 def test_rows_are_run_once_and_the_page_shows_them(tmp_path: Path):
-    """The start, one method, the surrogate of another, the distillation from a merged teacher."""
-    names = ("start", "tdm-r1", "p-phi", "dgpo-many", "dgpo-then-tdm")
+    """The start, one method, its surrogate sampled and used frozen, the distillation from a merged teacher."""
+    names = ("start", "tdm-r1", "p-phi", "frozen", "dgpo-many", "dgpo-then-tdm")
     one = study(tmp_path, *names)
     run_study(one, Console(quiet=True))
     records = {name: json.loads(one.record_of(BY_NAME[name], 0).read_text()) for name in names}
-    assert [records[n]["network_evaluations"] for n in names] == [4, 4, 40, 20, 4]
+    assert [records[n]["network_evaluations"] for n in names] == [4, 4, 40, 4, 20, 4]
     assert records["tdm-r1"]["scored"] == records["dgpo-many"]["scored"] == 128
     assert records["tdm-r1"]["passes"] > 128 * 20
     assert [p["iteration"] for p in records["tdm-r1"]["curve"]] == [0, 1]
     assert len(records["start"]["pictures"]) == 6
     assert records["start"]["end"] != records["tdm-r1"]["end"]  # on the same noise: the run has moved the model
+    assert records["frozen"]["scored"] == 256  # with those of the run that it takes the surrogate of
+    assert records["frozen"]["end"] not in (records["start"]["end"], records["tdm-r1"]["end"])
     page = (one.results / "mini.md").read_text()
     for name in names:
         assert f"| {name} |" in page

@@ -138,7 +138,7 @@ class SurrogateConfig(Settings):
     shared_noise: bool = Field(True, description="One t, k and noise per group; default: DGPO.")
     reference_decay: float = Field(0.995, ge=0, lt=1, description="Decay of the dynamic reference; default: ours.")
     ema_decay: float = Field(
-        0.995, ge=0, lt=1, description="Decay of the average of phi whose direction is used; default: ours, docs/notes."
+        0.98, ge=0, lt=1, description="Decay of the average of phi whose direction is used; default: ours, docs/notes."
     )
     added_delta: float = Field(
         1.0,
@@ -189,7 +189,7 @@ class BalanceConfig(Settings):
     )
     ratio: float = Field(2.0, gt=0, description="reward:KL of the gradient; default: paper.")
     limit: float | None = Field(
-        None,
+        0.3,
         gt=0,
         description="Largest reward part of the generator's direction, over the normaliser. At rest it equals the KL "
         "part, so this bounds the distance from the teacher, and a reward that is easy to predict moves the model no "

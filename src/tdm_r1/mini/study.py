@@ -38,6 +38,16 @@ CURVE = 4  # evaluations of a run beside the one of its start
 BACKWARD = 2  # forward passes that a backward pass costs
 SHOWN = 8  # pictures of a strip
 
+READS = {  # the groups of settings of each algorithm, of those that belong to algorithms
+    "tdm": ("tdm",),
+    "tdm_r1": ("tdm", "surrogate", "balance"),
+    "tdm_r1_release": ("release",),
+    "tdm_direct_rl": ("tdm", "dgpo"),
+    "dgpo": ("dgpo",),
+    "flow_grpo": ("flow_grpo",),
+    "nft": ("nft",),
+}
+
 WORLDS: dict[str, dict[str, Any]] = {  # settings of every run of a study, on top of its recipe's
     "mini": {},
     "mini_signs": {
@@ -84,7 +94,7 @@ class Study:
                 "output": self.runs / self.world,
                 "name": row.file(seed),
                 "iterations": iterations,
-                "evaluation.every": max(iterations // CURVE, 1),
+                "evaluation.every": max(iterations // (CURVE if row.budget >= 1 else 1), 1),
                 "evaluation.prompts": self.prompts,
             }
         )
@@ -205,6 +215,8 @@ def _after(study: Study, row: Row, seed: int, config: RunConfig, console: Consol
         raise UserError(f"{row.name} needs the run of {name}, seed {seed}, at {earlier.folder}: run it first (--only)")
     if what == "surrogate":
         return earlier
+    if what == "frozen":
+        return config.override({"model.surrogate_lora": str(earlier.folder / "lora_surrogate")})
     console.print(f"Merging {earlier.folder / 'lora'} into the base, as the teacher ...", markup=False)
     return config.override({"model.teacher": str(merged(earlier))})
 
@@ -226,6 +238,7 @@ def merged(config: RunConfig) -> Path:
 def settings_of(study: Study, row: Row, seed: int) -> dict[str, Any]:
     """What a record's figures depend on, but for the code; of a row without a run neither seed nor budget."""
     config = study.config(row, seed).model_dump(mode="json", exclude={"output", "name", "trackers", "save_every"})
+    config = _read_ones(config)
     if row.recipe is None:
         config = {name: config[name] for name in ("model", "sampler", "task", "reward")}
     found = {"world": study.world, "prompts": study.prompts, "row": row.model, "config": config}
@@ -234,7 +247,16 @@ def settings_of(study: Study, row: Row, seed: int) -> dict[str, Any]:
 
 def _same(path: Path, study: Study, row: Row, seed: int) -> bool:
     """Whether a record is of these settings; settings that there were not yet when it was made do not count."""
-    return _within(json.loads(path.read_text())["settings"], settings_of(study, row, seed))
+    old = json.loads(path.read_text())["settings"]
+    return _within(old | {"config": _read_ones(old["config"])}, settings_of(study, row, seed))
+
+
+def _read_ones(config: dict[str, Any]) -> dict[str, Any]:
+    """Without the settings of other algorithms."""
+    if "algorithm" not in config:
+        return config
+    unread = {group for groups in READS.values() for group in groups} - set(READS[config["algorithm"]])
+    return {name: value for name, value in config.items() if name not in unread}
 
 
 def _within(old: Any, new: Any) -> bool:

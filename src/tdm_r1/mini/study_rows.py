@@ -20,8 +20,8 @@ class Row:
         recipe: of its run; None for a model that is measured as it is.
         changes: settings by dotted name.
         model: what is measured: the run's generator, the start, the base, the run's surrogate with many steps.
-        after: a row whose finished run this one needs, and what it takes of it: the surrogate; the generator, merged,
-            as the teacher.
+        after: a row whose finished run this one needs, and what it takes of it: the surrogate, to be sampled; the
+            surrogate, to be used frozen; the generator, merged, as the teacher.
         group: the part of the page.
         budget: times the study's scored images.
     """
@@ -31,7 +31,7 @@ class Row:
     recipe: str | None = None
     changes: Mapping[str, Any] = field(default_factory=dict)
     model: Literal["generator", "start", "base", "surrogate"] = "generator"
-    after: tuple[str, Literal["surrogate", "teacher"]] | None = None
+    after: tuple[str, Literal["surrogate", "frozen", "teacher"]] | None = None
     group: Literal["methods", "ablations", "release", "rewards", "batch", "search"] = "methods"
     budget: float = 1.0
 
@@ -99,6 +99,14 @@ ROWS = (
         "the surrogate's change is not added to the generator",
         "mini",
         {"surrogate.added_delta": 0.0},
+        group="ablations",
+    ),
+    Row(
+        "frozen",
+        "the surrogate of tdm-r1's run, not trained on (Fig. 8)",
+        "mini",
+        {"surrogate.draws": 0, "surrogate.added_delta": 0.0, "model.surrogate_lora": "lora_surrogate"},
+        after=("tdm-r1", "frozen"),
         group="ablations",
     ),
     Row("one fake score", "one fake score for all points", "mini", {"tdm.fake_scores": "one"}, group="ablations"),

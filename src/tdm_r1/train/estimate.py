@@ -30,7 +30,7 @@ from ..models.pipeline import PipelineBackbone, family_of
 from ..models.protocol import Conditioning
 from ..models.roles import Roles
 from ..models.settings import ModelConfig
-from ..models.specification import Role, RoleSpec
+from ..models.specification import AddedDelta, Role, RoleSpec
 from .build import algorithm_of
 from .start import distillation
 
@@ -73,7 +73,8 @@ def estimate(config: RunConfig, **sizes: Any) -> Estimate | None:
         return None
     specs = {spec.name: spec for spec in algorithm_of(config).declare_roles(config)}
     samples = min(config.batch.micro_batch, config.batch.prompts * config.batch.group)
-    parts = _parts(name, config.model.model_dump_json(), samples, _frozen(sizes))
+    added = any(spec.added and specs[spec.added.role].weights == "lora" for spec in specs.values())
+    parts = _parts(name, config.model.model_dump_json(), samples, _frozen(sizes), added)
     working, flops = {}, {}
     for part, count in counts.items():
         wide = parts.sample(count.at_once)
@@ -177,15 +178,19 @@ class Play:
 
 
 class _Parts:
-    """Sizes of a model with one adapter, and the parts of an iteration on one micro-batch, each traced once."""
+    """Sizes of a model with one adapter, and the parts of an iteration on one micro-batch, each traced once.
 
-    def __init__(self, backbone: PipelineBackbone, model: ModelConfig, samples: int) -> None:
+    Where an adapter is added to others, every pass counts as one with two.
+    """
+
+    def __init__(self, backbone: PipelineBackbone, model: ModelConfig, samples: int, *, added: bool) -> None:
         transformer = backbone.transformer
         self.backbone, self.decoded = backbone, min(backbone.decode_batch, samples)
         self.frozen_bytes = sum(_bytes(p) for p in [*transformer.parameters(), *transformer.buffers()])
         self.full_numbers = sum(p.numel() for p in transformer.parameters())
         self.autoencoder_bytes = sum(_bytes(p) for p in backbone.pipeline.vae.parameters())
-        specs = [RoleSpec(Role.GENERATOR, trained=True)]
+        delta = AddedDelta(Role.SURROGATE_EMA, 1.0) if added else None
+        specs = [RoleSpec(Role.GENERATOR, trained=True, added=delta)] + [RoleSpec(Role.SURROGATE_EMA)] * added
         with torch.device("meta"):
             self.roles = create_roles(specs, backbone, adapter_settings(model))
         self.adapter_numbers = sum(p.numel() for p in self.roles.parameters(Role.GENERATOR))
@@ -238,11 +243,11 @@ class _Parts:
 
 
 @cache
-def _parts(name: str, model: str, samples: int, sizes: tuple[tuple[str, Any], ...]) -> _Parts:
+def _parts(name: str, model: str, samples: int, sizes: tuple[tuple[str, Any], ...], added: bool) -> _Parts:
     """Kept: a run and the distillation before it have the same."""
     config = ModelConfig.model_validate_json(model)
     backbone = random_backbone(name, config, **dict(sizes))
-    return _Parts(backbone, config, samples)
+    return _Parts(backbone, config, samples, added=added)
 
 
 def _frozen(sizes: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
