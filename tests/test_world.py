@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from tdm_r1.mini import world, worlds
+from tdm_r1.mini import preferences, world, worlds
 from tdm_r1.mini.detector import Detection, detect, score
 from tdm_r1.mini.task import MiniTask, reward
 
@@ -159,3 +159,19 @@ def test_task_weights():
         MiniTask({"dogs": 1.0})
     with pytest.raises(ValueError, match="positive sum"):
         MiniTask({"counting": 0.0})
+
+
+def test_preferences_that_no_recipe_was_tuned_on():
+    """Radii and counts of renders, whose objects are known; a picture without shapes has neither."""
+    rng = np.random.default_rng(5)
+    asked = specs(24)
+    scenes = [world.make_scene(spec, rng) for spec in asked]
+    images, prompts = np.stack([world.render(scene) for scene in scenes]), [""] * len(scenes)
+    radii = [float(np.mean([o.radius for o in scene.objects])) for scene in scenes]
+    assert np.allclose(preferences.size(images, prompts, asked), radii, atol=0.6)
+    assert preferences.count(images, prompts, asked) == [1.0] * len(asked)
+    for more, expected in ((1, 0.5), (-1, 0.5), (3, 0.0)):
+        wrong = [{"include": [{"class": "circle", "count": len(scene.objects) + more}]} for scene in scenes]
+        assert preferences.count(images, prompts, wrong) == [expected] * len(scenes)
+    empty = np.full_like(images[:1], 230)
+    assert preferences.size(empty, [""], asked[:1]) == [0.0]

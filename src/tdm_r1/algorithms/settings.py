@@ -189,7 +189,7 @@ class BalanceConfig(Settings):
     )
     ratio: float = Field(2.0, gt=0, description="reward:KL of the gradient; default: paper.")
     limit: float | None = Field(
-        0.3,
+        0.4,
         gt=0,
         description="Largest reward part of the generator's direction, over the normaliser. At rest it equals the KL "
         "part, so this bounds the distance from the teacher, and a reward that is easy to predict moves the model no "

@@ -27,15 +27,15 @@ PARTS = {
     "ablations": "This project's choices, one at a time",
     "release": "The release's choices, one at a time",
     "rewards": "Rewards that nobody tuned on",
-    "batch": "Small and large batches, six times the images",
+    "batch": "Small and large batches",
     "search": "The search of each method's settings",
 }
 SAID = {  # before a part's table
     "rewards": [
-        "The recipe unchanged. In the column reward, the first figure is the start's, on the noise of the run's own",
-        "evaluations. What such a reward costs in held-out metrics even if it is followed exactly is in",
-        "[reward_tilt_jpeg.md](../reward_tilt_jpeg.md), [reward_tilt_size.md](../reward_tilt_size.md) and",
-        "[reward_tilt_count.md](../reward_tilt_count.md).",
+        "The recipe unchanged, and with another limit. In the column reward, the first figure is the start's, on the",
+        "noise of the run's own evaluations. What such a reward costs in held-out metrics even if it is followed",
+        "exactly is in [reward_tilt_jpeg.md](../reward_tilt_jpeg.md), [reward_tilt_size.md](../reward_tilt_size.md)",
+        "and [reward_tilt_count.md](../reward_tilt_count.md).",
         "",
     ],
     "search": [

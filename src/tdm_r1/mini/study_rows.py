@@ -63,7 +63,7 @@ ROWS = (
     Row("dgpo-many", "DGPO on the base in 10 guided steps", "mini", policy("dgpo", 3e-4)),
     Row("grpo-many", "Flow-GRPO on the base in 10 guided steps", "mini", policy("flow_grpo", 3e-4)),
     Row("grpo", "Flow-GRPO on the 4-step start", "mini", policy("flow_grpo", 3e-4, many_steps=False, noise_level=0.3)),
-    Row("nft", "DiffusionNFT on the 4-step start", "mini", policy("nft", 3e-4, many_steps=False, kl_weight=0.1)),
+    Row("nft", "DiffusionNFT on the 4-step start", "mini", policy("nft", 3e-4, many_steps=False, kl_weight=0.3)),
     Row("dgpo", "DGPO on the 4-step start", "mini", policy("dgpo", 3e-4, many_steps=False, kl_weight=0.1)),
     Row(
         "dgpo-no-kl",
@@ -130,19 +130,24 @@ ROWS = (
             ("low t", "surrogate's t from .30 (the release's for OCR)", "surrogate_low", 0.3),
         )
     ),
-    *(Row(f"reward: {name}", reward, "mini", {"reward": reward}, group="rewards") for name, reward in UNTUNED.items()),
-    # six times the images, in small batches and in the release's
+    # rewards that nobody tuned on, and a narrower limit of the reward's part
+    *(
+        Row(f"reward: {name}{label}", reward, "mini", {"reward": reward} | changes, group="rewards")
+        for name, reward in UNTUNED.items()
+        for label, changes in (("", {}), (", limit .3", {"balance.limit": 0.3}))
+    ),
+    # small batches and the release's, on more images
     *(
         Row(
             f"{name}: {p} x {g}",
             f"{what}, {p} x {g} images",
             recipe,
-            {"batch.prompts": p, "batch.group": g},
-            budget=6,
+            {"batch.prompts": p, "batch.group": g, "batch.micro_batch": p * g, "balance.limit": None},
+            budget=2.4,
             group="batch",
         )
         for name, what, recipe in (
-            ("tdm-r1", "this project's recipe", "mini"),
+            ("tdm-r1", "this project's recipe without limit", "mini"),
             ("release", "the authors' code", "mini_release"),
         )
         for p, g in ((8, 16), (48, 24))

@@ -21,14 +21,13 @@ BLOCKS = [
 BEFORE = {"balance.limit": None}  # of this project's recipe, when it was searched
 OURS: dict[str, dict[str, Any]] = {  # one choice at a time
     "no limit": {},
-    "limit .3": {"balance.limit": 0.3},
     "scale 16": {"balance.scale": 16.0},
     "scale 4, added 2": {"balance.scale": 4.0, "surrogate.added_delta": 2.0},
     "added 1.5": {"surrogate.added_delta": 1.5},
-    "ema .99": {"surrogate.ema_decay": 0.99},
     "surrogate lr 1.2e-3": {"surrogate.optimizer.learning_rate": 1.2e-3},
     "generator lr 1e-3": {"tdm.generator.learning_rate": 1e-3},
     "attention and ff": {"model.lora.targets": BLOCKS},
+    "bfloat16": {"model.dtype": "bfloat16", "model.merge": False},
     "full surrogate": {"surrogate.weights": "full"},
 }
 

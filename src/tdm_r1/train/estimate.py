@@ -90,7 +90,8 @@ def estimate(config: RunConfig, **sizes: Any) -> Estimate | None:
     held = _held(config, parts, tuple(specs.values()))
     encoders = text_encoder_parameters(name, t5=config.model.t5) * getattr(torch, config.model.dtype).itemsize
     (working if config.model.offload else held)["text encoders"] = encoders
-    return Estimate(held, working, flops, architectures()[name]["utilisation"])
+    share = architectures()[name]["utilisation_added" if added else "utilisation"]
+    return Estimate(held, working, flops, share)
 
 
 def needs(config: RunConfig) -> str:
