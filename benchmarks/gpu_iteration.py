@@ -80,28 +80,29 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/results/gpu_iteration.json"))
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    folder = Path(tempfile.mkdtemp())
-    for name in args.recipes:
-        recipe = load_recipe(name)
-        block = recipe.release.time_block
-        config = recipe.override(
-            {
-                "iterations": args.iterations + 1,
-                "batch.prompts": args.prompts,
-                "batch.group": args.group,
-                "batch.micro_batch": args.micro_batch or recipe.batch.micro_batch,
-                "model.resolution": args.resolution,
-                "model.gradient_checkpointing": not args.keep_activations,
-                "distill_with": None,
-                "model.student_lora": None,
-                "release.time_block": block if block and args.group % block == 0 else None,
-            }
-        )
-        if rows and rows[-1]["model"] != MODELS[name]:  # two models are too much for some disks
-            shutil.rmtree(folder)
-        rows.append(measure(name, config, folder, args.iterations, tiny=args.tiny))
-        print(json.dumps(rows[-1], indent=1), flush=True)
-    shutil.rmtree(folder)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in dict.fromkeys(args.recipes):
+            recipe = load_recipe(name)
+            block = recipe.release.time_block
+            config = recipe.override(
+                {
+                    "iterations": args.iterations + 1,
+                    "batch.prompts": args.prompts,
+                    "batch.group": args.group,
+                    "batch.micro_batch": args.micro_batch or recipe.batch.micro_batch,
+                    "model.resolution": args.resolution,
+                    "model.gradient_checkpointing": not args.keep_activations,
+                    "distill_with": None,
+                    "model.student_lora": None,
+                    "release.time_block": block if block and args.group % block == 0 else None,
+                }
+            )
+            place = Path(folder) / MODELS[name]
+            for other in Path(folder).iterdir():  # two models are too much for some disks
+                if other != place:
+                    shutil.rmtree(other)
+            rows.append(measure(name, config, place, args.iterations, tiny=args.tiny))
+            print(json.dumps(rows[-1], indent=1), flush=True)
     result = {"device": _device_name(), "torch": torch.__version__, "tiny": args.tiny, "models": rows}
     args.out.write_text(json.dumps(result, indent=1))
     args.out.with_suffix(".md").write_text(markdown(result))

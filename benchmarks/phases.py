@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from tdm_r1.algorithms import tdm_r1_release
 from tdm_r1.algorithms.protocol import Algorithm
 from tdm_r1.algorithms.tdm_r1 import TDMR1
 from tdm_r1.algorithms.tdm_r1_release import TDMR1Release
@@ -43,7 +42,7 @@ class Phases:
             self.wrap(algorithm.tdm, "fit_fake", "fake score")
             self.wrap(algorithm.tdm, "fit_generator", "generator")
         elif isinstance(algorithm, TDMR1Release):
-            self.wrap(tdm_r1_release, "roll_out", "rollout")
+            self.wrap(algorithm, "roll_out", "rollout")
             self.wrap(algorithm, "fit_surrogate", "surrogate")
             self.wrap(algorithm, "fit_fake", "fake score")
             self.wrap(algorithm, "fit_generator", "generator")

@@ -187,7 +187,7 @@ def test_an_algorithm_goes_on_from_its_state(kind):
 
 
 def test_the_controller_moves_slowly_towards_the_ratio_and_stays_in_bounds():
-    config = BalanceConfig(policy="ratio", scale=4.0, ratio=2.0, rate=0.1, bounds=(3.5, 5.0), limit=None)
+    config = BalanceConfig(policy="ratio", scale=4.0, ratio=2.0, rate=0.1, bounds=(3.5, 5.0))
     balance = Balance(config)
     balance.update(1.0, 1.0)  # 1:1, wanted 2:1
     assert balance.scale == pytest.approx(4.0 * math.exp(0.1 * math.log(2)))
@@ -210,7 +210,7 @@ def test_the_controller_moves_slowly_towards_the_ratio_and_stays_in_bounds():
 
 
 def one_step(reward_part: float, kl_part: float) -> float:
-    balance = Balance(BalanceConfig(policy="ratio", scale=4.0, ratio=2.0, rate=0.1, bounds=(0.1, 50.0), limit=None))
+    balance = Balance(BalanceConfig(policy="ratio", scale=4.0, ratio=2.0, rate=0.1, bounds=(0.1, 50.0)))
     balance.update(reward_part, kl_part)
     return balance.scale
 
@@ -226,6 +226,19 @@ def test_a_controlled_scale_goes_on_unless_another_start_is_set():
         balance = Balance(config)
         balance.load_state(saved.state())
         assert balance.scale == expected
+
+
+def test_the_balance_ignores_what_is_no_number_and_a_limit_beside_a_ratio():
+    limited, ratio = Balance(BalanceConfig(limit=0.1)), Balance(BalanceConfig(policy="ratio", scale=4.0, limit=0.1))
+    limited.update(1.0, 1.0)
+    assert limited.strength == pytest.approx(math.exp(-0.1))
+    for reward_part, kl_part in ((math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, math.inf), (0.0, 1.0)):
+        before = limited.strength, ratio.scale
+        limited.update(reward_part, kl_part)
+        ratio.update(reward_part, kl_part)
+        assert (limited.strength, ratio.scale) == before
+    ratio.update(1.0, 2.0)
+    assert ratio.strength == 1.0
 
 
 def test_the_limit_weakens_the_reward_while_its_part_is_too_large_and_lets_it_recover():

@@ -302,7 +302,6 @@ def test_steps_and_guidance_that_cannot_run_are_refused():
             },
             r"^surrogate.draws = 0 with surrogate.reference = dynamic",
         ),
-        ({"balance": {"policy": "ratio", "limit": 0.2}}, r"^balance.limit = 0.2 with balance.policy = ratio"),
     ],
 )
 def test_settings_that_would_be_ignored_or_contradict_are_refused(settings: dict, message: str):

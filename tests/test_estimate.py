@@ -139,9 +139,15 @@ def test_the_estimate_follows_what_a_run_holds():
     more = full.held["weights of 7 roles"] - lora.held["weights of 7 roles"]
     adapter = lora.held["weights of 7 roles"] / 7
     assert more == 3 * (4 * base - adapter)  # surrogate and two averages, in float32, for three adapters
-    two = estimate(config.override({"model.teacher": "stabilityai/stable-diffusion-3.5-medium"}), **sizes)
+    two_backbones = config.override({"model.teacher": "stabilityai/stable-diffusion-3.5-medium"})
+    two = estimate(two_backbones, **sizes)
     assert two is not None
     assert two.held["frozen transformers"] == 2 * lora.held["frozen transformer"]
+    assert two.held["adapters on a second transformer"] == 0
+    added = estimate(two_backbones.override({"surrogate.added_delta": 1.0}), **sizes)
+    assert added is not None
+    assert added.held["adapters on a second transformer"] == adapter  # the copy that is added to the student's roles
+    assert added.flops["surrogate"] > two.flops["surrogate"]
     assert lora.seconds(8) == pytest.approx(lora.seconds() / 8)
 
 

@@ -332,6 +332,21 @@ def test_a_role_acts_with_what_it_carries(full: tuple[Role, ...], merge: bool, r
             p.mul_(1.5)
         with roles.use(Role.GENERATOR) as velocity:
             assert bool((velocity(*args) - expected).abs().max() > 1e-3)
+        for strength, weight in ((0.0, 0.0), (0.5, 0.35)):  # and so it does when that is weakened
+            roles.weaken(Role.SURROGATE, strength)
+            assert roles.added_weight(Role.FAKE) == pytest.approx(weight)
+            assert roles.added_weight(Role.SURROGATE) == 0
+            with roles.use(Role.GENERATOR) as velocity:
+                weaker = velocity(*args)
+            by_hand = load(random_model).transformer
+            phi = roles.state(Role.SURROGATE)
+            for name, p in by_hand.named_parameters():
+                module = name.removesuffix(".weight")
+                if f"{module}.lora_A.weight" in own:
+                    other = 2.0 * phi[f"{module}.lora_B.weight"] @ phi[f"{module}.lora_A.weight"] if not full else None
+                    p += 2.0 * own[f"{module}.lora_B.weight"] @ own[f"{module}.lora_A.weight"]
+                    p += weight * (phi[name] - start[name] if other is None else other)
+            torch.testing.assert_close(weaker, backbone.velocity_of(by_hand)(*args), atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("full", [(), (Role.SURROGATE,)], ids=["adapter", "full"])
@@ -391,7 +406,11 @@ def test_an_exported_adapter_holds_what_the_role_carries(full, rank: int, random
                 p.add_(0.02 * torch.randn_like(p))
     args = inputs(backbone)
     with torch.no_grad(), roles.use(Role.GENERATOR) as velocity:
+        whole = velocity(*args)
+    roles.weaken(Role.SURROGATE, 0.5)
+    with torch.no_grad(), roles.use(Role.GENERATOR) as velocity:
         expected = velocity(*args)
+    assert float((expected - whole).abs().max()) > 1e-3
     weights, config = exported(roles, Role.GENERATOR, lora(rank))
     assert (config.r, config.lora_alpha) == (2 * rank, 2 * rank)
     backbone.save_lora(tmp_path, weights, config)

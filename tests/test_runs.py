@@ -476,6 +476,8 @@ def test_a_distillation_has_the_runs_model_sampler_and_micro_batch():
     assert first.sampler == config.sampler
     assert first.batch.micro_batch == 4
     assert first.batch.prompts == load_recipe("sd35m_tdm").batch.prompts
+    frozen = config.override({"surrogate.draws": 0, "model.surrogate_lora": "runs/other/lora_surrogate"})
+    assert distillation(frozen).model.surrogate_lora is None  # TDM has none
 
 
 def test_what_is_wrong_with_a_run_is_said_before_its_distillation(tiny_config: Make, tmp_path: Path):

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from tdm_r1.algorithms.registry import CHECKS
 from tdm_r1.cli import main
 from tdm_r1.errors import UserError
-from tdm_r1.mini.study import Study, _within, run_study
+from tdm_r1.mini.study import SETTINGS_READ, Study, _only_read, _within, run_study
 from tdm_r1.mini.study_search import ALL
 
 BY_NAME = {row.name: row for row in ALL}
@@ -35,6 +36,8 @@ def test_every_row_has_settings_that_can_run(world: str, row, tmp_path: Path):
 def test_an_unknown_row_is_an_error(capsys: pytest.CaptureFixture):
     assert main(["study", "mini", "--only", "nowhere"]) == 2
     assert "--only = 'nowhere'" in capsys.readouterr().err
+    assert main(["study", "mini_signs", "--only", "reward: count"]) == 2
+    assert "'reward: count' with mini_signs" in capsys.readouterr().err
     assert main(["study", "--list"]) == 0
     assert "DiffusionNFT" in capsys.readouterr().out
 
@@ -72,6 +75,17 @@ def test_rows_are_run_once_and_the_page_shows_them(tmp_path: Path):
     assert stamps["start"] == one.record_of(BY_NAME["start"], 0).stat().st_mtime_ns
     with pytest.raises(UserError, match="has a run with iterations = 1, wanted is 2: remove it"):
         run_study(study(tmp_path, "tdm-r1", scored=256), Console(quiet=True))
+
+
+def test_settings_of_other_algorithms_do_not_count():
+    assert SETTINGS_READ.keys() == CHECKS.keys()
+    config = {"algorithm": "dgpo", "seed": 0, "dgpo": {"beta": 1}, "balance": {"scale": 4}, "nft": {}}
+    assert _only_read({"world": "mini", "config": config, "after": {"config": config | {"algorithm": "nft"}}}) == {
+        "world": "mini",
+        "config": {"algorithm": "dgpo", "seed": 0, "dgpo": {"beta": 1}},
+        "after": {"config": {"algorithm": "nft", "seed": 0, "nft": {}}},
+    }
+    assert _only_read({"config": {"model": {}}}) == {"config": {"model": {}}}
 
 
 def test_a_record_is_good_for_the_same_settings_and_for_settings_that_came_later():

@@ -92,7 +92,7 @@ class SurrogateConfig(Settings):
         "lora",
         json_schema_extra=SHAPES_CHECKPOINT,
         description="lora: an adapter on the backbone (paper). full: a transformer of its own, as is its average; it "
-        "learns more and needs more memory; ours, docs/notes. With model.roles = full it is full in any case.",
+        "needs more memory; ours, docs/notes. With model.roles = full it is full in any case.",
     )
     loss: Literal["anchored", "preference"] = Field(
         "anchored", description="anchored: a convex regression, ours. preference: Eq. 9 and 18 of the paper."
@@ -194,7 +194,7 @@ class BalanceConfig(Settings):
         description="Largest reward part of the generator's direction, over the normaliser. At rest it equals the KL "
         "part, so this bounds the distance from the teacher, and a reward that is easy to predict moves the model no "
         "further than others. While it is larger, a controller weakens the scale and what is added to the generator; "
-        "null for no limit; default: ours.",
+        "null for no limit. For policy fixed alone; default: ours, docs/notes.",
     )
     rate: float = Field(0.02, gt=0, description="The controller's step in log scale; default: ours.")
     bounds: tuple[float, float] = Field((0.5, 20.0), description="Bounds of the controlled scale; default: ours.")
@@ -363,11 +363,6 @@ def check_tdm_r1(settings: AlgorithmSettings) -> None:
         raise ValueError(
             "surrogate.draws = 0 with surrogate.reference = dynamic: a frozen surrogate equals its own average, so "
             "there is no reward; set surrogate.reference to static"
-        )
-    if c.balance.limit is not None and c.balance.policy == "ratio":
-        raise ValueError(
-            f"balance.limit = {c.balance.limit} with balance.policy = ratio: one lowers what the other raises; set "
-            "balance.limit to null, or balance.policy to fixed"
         )
     if c.model.surrogate_lora and s.weights == "full":
         raise ValueError(

@@ -5,7 +5,7 @@ points of it (Eq. 1); move every point of the trajectory along s_psi - s_fake (E
 reward's part of the direction as an argument: that is all that TDM-R1 adds to it.
 
 Departures from the paper: the loss acts on the clean prediction of the step (as in the authors' code for PixArt),
-with DMD's normaliser; no Huber loss.
+with DMD's normaliser; no Huber loss; by default x_0 has a fake score of its own, and each has two updates an iteration.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 `TDMR1.step` is Algorithm 1, read top-down. Departures from the print, with their derivations in `docs/method.md`:
 the minus of Eq. 16 is restored in Eq. 9; the KL part of Eq. 11 has its own sign; the reward's gradient is the
 difference of the surrogate's and the reference's scores. Beside the paper's surrogate loss there is the anchored one
-(ours), by name; and the surrogate's change of weights may be added to the generator's (ours; `RoleSpec.added`).
+(ours), by name; the surrogate's change of weights may be added to the generator's (ours; `RoleSpec.added`); and the
+reward's part may be limited (ours; `Balance`).
 """
 
 from __future__ import annotations
@@ -165,17 +166,17 @@ class Balance:
 
     @property
     def strength(self) -> float:
-        """Share of the reward's whole pull that keeps within ``limit``: of lambda, and of what is added to the
-        generator. Both act at once; phi itself is learned at full strength."""
+        """The factor that keeps the reward's part within ``limit``, on lambda and on the weight of what is added to the
+        generator. Both act at once; phi is learned at full strength."""
         return self.limiter.value
 
     def update(self, reward_part: float, kl_part: float) -> None:
         """Moves the scale towards the wanted ratio of the last update's two parts, and the strength to the limit."""
-        if reward_part <= 0:
-            return
+        if not 0 < reward_part < math.inf or not math.isfinite(kl_part):
+            return  # nothing to weigh, or an update that was left out
         if self.config.policy == "ratio":
             self.controller.update(math.log(self.config.ratio * max(kl_part, 1e-12) / reward_part))
-        if self.config.limit is not None:
+        elif self.config.limit is not None:
             self.limiter.update(math.log(self.config.limit / reward_part))
 
     def state(self) -> dict[str, Any]:
@@ -184,6 +185,6 @@ class Balance:
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Goes on with what is controlled, unless the run now has another start. A fixed scale is a setting."""
         if self.config.policy == "ratio":
-            self.controller.load_state(state["scale"] if "strength" in state else state)  # in older checkpoints alone
-        if self.config.limit is not None and "strength" in state:
+            self.controller.load_state(state["scale"] if "strength" in state else state)  # older ones are that alone
+        elif self.config.limit is not None and "strength" in state:
             self.limiter.load_state(state["strength"])

@@ -51,15 +51,7 @@ class TDMR1Release(Algorithm):
         """One iteration on P prompts with groups of G samples."""
         c, noise, seconds = self.config, batch.noise, Stopwatch()
         with seconds("rollout"):
-            rollout = roll_out(
-                self.roles,
-                Role.GENERATOR,
-                batch.conditioning,
-                batch.x_1,
-                self.sampler,
-                noise,
-                micro_batch=self.micro_batch,
-            )
+            rollout = self.roll_out(batch)
         with seconds("score"):
             rewards = batch.score(rollout.trajectory.final)
         groups = group_advantages(rewards.reshape(-1, batch.group), deviation=c.deviation, clip=c.advantage_clip)
@@ -76,6 +68,18 @@ class TDMR1Release(Algorithm):
                 metrics |= self.fit_generator(rollout, index, noise)
             found.append(metrics)
         return groups.metrics(rewards) | mean_of_each(found) | self.update() | seconds.read()
+
+    def roll_out(self, batch: Batch) -> Rollout:
+        """The generator's trajectories, keeping every x_{t_k}."""
+        return roll_out(
+            self.roles,
+            Role.GENERATOR,
+            batch.conditioning,
+            batch.x_1,
+            self.sampler,
+            batch.noise,
+            micro_batch=self.micro_batch,
+        )
 
     # -------------------------------------------------------------------------------------- gradients
 

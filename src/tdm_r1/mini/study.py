@@ -38,7 +38,7 @@ CURVE = 4  # evaluations of a run beside the one of its start
 BACKWARD = 2  # forward passes that a backward pass costs
 SHOWN = 8  # pictures of a strip
 
-READS = {  # the groups of settings of each algorithm, of those that belong to algorithms
+SETTINGS_READ = {  # the groups of settings of each algorithm, of those that belong to algorithms
     "tdm": ("tdm",),
     "tdm_r1": ("tdm", "surrogate", "balance"),
     "tdm_r1_release": ("release",),
@@ -131,7 +131,7 @@ def one(study: Study, row: Row, seed: int, console: Console) -> tuple[dict[str, 
     if row.recipe is not None:
         _train(run, console)
         record |= cost(run)
-        if row.after is not None:  # what made its teacher counts too
+        if row.after is not None:  # what made its teacher or its surrogate counts too
             teacher = json.loads(study.record_of(named(row.after[0]), seed).read_text())
             record |= {name: record[name] + teacher[name] for name in ("scored", "passes", "seconds")}
         record["curve"] = curve(config)
@@ -238,25 +238,25 @@ def merged(config: RunConfig) -> Path:
 def settings_of(study: Study, row: Row, seed: int) -> dict[str, Any]:
     """What a record's figures depend on, but for the code; of a row without a run neither seed nor budget."""
     config = study.config(row, seed).model_dump(mode="json", exclude={"output", "name", "trackers", "save_every"})
-    config = _read_ones(config)
     if row.recipe is None:
         config = {name: config[name] for name in ("model", "sampler", "task", "reward")}
     found = {"world": study.world, "prompts": study.prompts, "row": row.model, "config": config}
-    return found | ({"after": settings_of(study, named(row.after[0]), seed)} if row.after else {})
+    return _only_read(found) | ({"after": settings_of(study, named(row.after[0]), seed)} if row.after else {})
 
 
 def _same(path: Path, study: Study, row: Row, seed: int) -> bool:
     """Whether a record is of these settings; settings that there were not yet when it was made do not count."""
-    old = json.loads(path.read_text())["settings"]
-    return _within(old | {"config": _read_ones(old["config"])}, settings_of(study, row, seed))
+    return _within(_only_read(json.loads(path.read_text())["settings"]), settings_of(study, row, seed))
 
 
-def _read_ones(config: dict[str, Any]) -> dict[str, Any]:
-    """Without the settings of other algorithms."""
-    if "algorithm" not in config:
-        return config
-    unread = {group for groups in READS.values() for group in groups} - set(READS[config["algorithm"]])
-    return {name: value for name, value in config.items() if name not in unread}
+def _only_read(settings: dict[str, Any]) -> dict[str, Any]:
+    """A record's settings without those of algorithms other than its own, and of the row before it."""
+    config = settings["config"]
+    if "algorithm" in config:
+        unread = {group for groups in SETTINGS_READ.values() for group in groups}
+        unread -= set(SETTINGS_READ[config["algorithm"]])
+        settings = settings | {"config": {name: value for name, value in config.items() if name not in unread}}
+    return settings | ({"after": _only_read(settings["after"])} if "after" in settings else {})
 
 
 def _within(old: Any, new: Any) -> bool:

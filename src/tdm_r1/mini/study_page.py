@@ -30,7 +30,7 @@ PARTS = {
     "batch": "Small and large batches",
     "search": "The search of each method's settings",
 }
-SAID = {  # before a part's table
+INTRODUCTIONS = {  # before a part's table
     "rewards": [
         "The recipe unchanged, and with another limit. In the column reward, the first figure is the start's, on the",
         "noise of the run's own evaluations. What such a reward costs in held-out metrics even if it is followed",
@@ -38,9 +38,13 @@ SAID = {  # before a part's table
         "and [reward_tilt_count.md](../reward_tilt_count.md).",
         "",
     ],
+    "batch": [
+        "On 2.4 times the images. The limit of the reward's part is off in this project's rows.",
+        "",
+    ],
     "search": [
         "One seed each. The rivals have scored half of the images, this project's rows four thirds of them, and those",
-        "stand for the recipe as it was when it was searched. Minutes compare with nothing: machines differ.",
+        "stand for the recipe as it was when it was searched. Minutes are not comparable: machines differ.",
         "",
     ],
 }
@@ -58,7 +62,7 @@ def write_page(results: Path, world: str) -> Path:
 
 
 def read(folder: Path) -> dict[str, list[Record]]:
-    """Records by row, in the order of `ROWS`, seeds in order."""
+    """Records by row, in the order of `ALL`, seeds in order."""
     found: dict[str, list[Record]] = defaultdict(list)
     for path in sorted(folder.glob("*.json")):
         record = json.loads(path.read_text())
@@ -70,11 +74,11 @@ def markdown(records: dict[str, list[Record]], world: str) -> str:
     lines = [
         f"# The study on {world}",
         "",
-        f"Written by `tdm-r1 study {world}` from the records in [{world}]({world}); not edited by hand. Every",
-        "method that learns has scored the same number of images. Each figure is the mean over the seeds and two draws",
-        "of evaluation noise, with the standard deviation over seeds where there are several; arrows say which way is",
-        "better. A pass is one of the network over one image; a backward pass counts as two. NFE: passes for an image",
-        "when the model is used.",
+        f"Written by `tdm-r1 study {world}` from the records in [{world}]({world}); not edited by hand. Among",
+        "the methods every one that learns has scored the same number of images. Each figure is the mean over the",
+        "seeds and two draws of evaluation noise, with the standard deviation over seeds where there are several;",
+        "arrows say which way is better. A pass is one of the network over one image; a backward pass counts as two.",
+        "NFE: passes for an image when the model is used.",
         "",
         f"![curves]({world}_curves.png)",
         "",
@@ -85,7 +89,7 @@ def markdown(records: dict[str, list[Record]], world: str) -> str:
     for part, title in PARTS.items():
         rows = [row for row in ALL if row.group == part and row.name in records]
         if rows:
-            lines += ["", f"## {title}", "", *SAID.get(part, ()), *table(rows, records, world, part)]
+            lines += ["", f"## {title}", "", *INTRODUCTIONS.get(part, ()), *table(rows, records, world, part)]
     return "\n".join(lines) + "\n"
 
 

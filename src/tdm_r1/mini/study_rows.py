@@ -51,7 +51,7 @@ def policy(name: str, learning_rate: float, *, many_steps: bool = True, **own: A
     return changes | {f"{name}.{key}": value for key, value in own.items()}
 
 
-DIRECT = {"algorithm": "tdm_direct_rl", "tdm.fake_scores": "one", "dgpo.time_low": 0.0}
+DIRECT: dict[str, Any] = {"algorithm": "tdm_direct_rl", "tdm.fake_scores": "one", "dgpo.time_low": 0.0}
 UNTUNED = {  # rewards on which the recipe is tried unchanged
     "jpeg": "jpeg_compressibility",
     "size": "tdm_r1.mini.preferences:size",
@@ -91,7 +91,7 @@ ROWS = (
         "dynamic reference",
         "an average of the surrogate as reference",
         "mini",
-        {"surrogate.reference": "dynamic", "surrogate.ema_decay": 0.98, "surrogate.added_delta": 0.0},
+        {"surrogate.reference": "dynamic", "surrogate.added_delta": 0.0},
         group="ablations",
     ),
     Row(

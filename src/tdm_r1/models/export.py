@@ -27,7 +27,7 @@ def exported(roles: Roles, name: str, config: LoraConfig) -> tuple[dict[str, Ten
     wide = replace(config, r=2 * config.r, lora_alpha=2 * config.r)
     other = next(s for s in roles.specs if s.name == spec.added.role)
     if other.weights == "lora":
-        extra, weight = roles.state(other.name), spec.added.weight * scale
+        extra, weight = roles.state(other.name), roles.added_weight(name) * scale
         return {
             n: torch.cat([w, weight * extra[n]], 1) if "lora_B" in n else torch.cat([w, extra[n]])
             for n, w in own.items()

@@ -100,12 +100,12 @@ class Roles:
         return self._members[role.spec.added.role] if role.spec.added else None
 
     def weaken(self, name: str, strength: float) -> None:
-        """From now on, where the role ``name`` is added to others, it is with ``strength`` times their weight."""
-        self._strength[name] = strength
+        """Sets the factor on the weight at which the role ``name`` is added to others; 1 at the start."""
+        self._strength[self._members[name].spec.name] = strength
 
-    def _weight(self, role: RoleWeights) -> float:
-        """At which another role's change is added to this one's."""
-        added = role.spec.added
+    def added_weight(self, name: str) -> float:
+        """The weight at which another role's change is added to the role's own; 0 if none is."""
+        added = self._members[name].spec.added
         return added.weight * self._strength.get(added.role, 1.0) if added else 0.0
 
     def _elsewhere(self) -> dict[tuple[int, str], Host]:
@@ -123,9 +123,9 @@ class Roles:
         if role.adapter is None:
             return ()
         own, other = (role.adapter, 1.0), self._added(role)
-        if role.spec.added is None or other is None or other.adapter is None:
+        if other is None or other.adapter is None:
             return (own,)
-        return own, (str(other.adapter), self._weight(role))
+        return own, (str(other.adapter), self.added_weight(role.spec.name))
 
     @torch.no_grad()  # what is added is a constant
     def _refresh_copy(self, role: RoleWeights) -> None:
@@ -140,7 +140,7 @@ class Roles:
 
     def _base(self, role: RoleWeights) -> list[Tensor]:
         """The weights that the role's adapter acts on: the backbone's, with the change of a role of full weights."""
-        other, weight = self._added(role), self._weight(role)
+        other, weight = self._added(role), self.added_weight(role.spec.name)
         if other is None or other.adapter is not None:
             return role.host.base
 
@@ -154,7 +154,7 @@ class Roles:
 
         def combine() -> list[Tensor]:
             parts = [self._base(role), role.deltas()]
-            other, weight = self._added(role), self._weight(role)
+            other, weight = self._added(role), self.added_weight(role.spec.name)
             if other is not None and other.adapter is not None:
                 parts.append([weight * d for d in other.deltas()])
             return [sum(rest, start=w).to(w.dtype) for w, *rest in zip(*parts, strict=True)]
@@ -164,7 +164,7 @@ class Roles:
     def _combine_once(self, role: RoleWeights, merged: bool, combine: Callable[[], list[Tensor]]) -> list[Tensor]:
         """Copies of weights, made again when those have changed that they are made of."""
         key, other = (role.spec.name, merged), self._added(role)
-        versions: list[float] = [*role.versions, *(other.versions if other else ()), self._weight(role)]
+        versions: list[float] = [*role.versions, *(other.versions if other else ()), self.added_weight(role.spec.name)]
         if key not in self._combined or self._combined[key][0] != versions:
             with torch.no_grad():  # a copy for inference, or what is added: a constant
                 self._combined[key] = (versions, combine())
@@ -213,7 +213,7 @@ class Roles:
         """What is added to the role's own change of each adapted layer; None if nothing is."""
         role = self._members[name]
         other = self._added(role)
-        return [self._weight(role) * d for d in other.deltas()] if other else None
+        return [self.added_weight(name) * d for d in other.deltas()] if other else None
 
     def update_averages(self, source: str, *, updates: int = 0) -> None:
         """Every role that averages ``source`` follows it; ``updates``: how many the source has had, for ramps."""

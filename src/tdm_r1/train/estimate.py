@@ -138,6 +138,9 @@ def _held(config: RunConfig, parts: _Parts, specs: tuple[RoleSpec, ...]) -> dict
     whole = {spec.name for spec in specs if spec.weights == "full"}
     adapters = [spec for spec in specs if spec.weights == "lora"]
     combined = sum(m.merge + (spec.added is not None and spec.added.role in whole) for spec in adapters)
+    hosts = {spec.name: spec.host for spec in specs}
+    beside = {(spec.host, spec.added.role) for spec in adapters if spec.added} if m.teacher else set()
+    beside = {(host, role) for host, role in beside if hosts[role] != host and role not in whole}
     points, kind = 2 * config.sampler.steps + 1, algorithm_of(config)
     own, waiting = kind.optimizer_settings(config), sum if kind.one_update_at_the_end else max
     return {
@@ -146,6 +149,7 @@ def _held(config: RunConfig, parts: _Parts, specs: tuple[RoleSpec, ...]) -> dict
         "optimizers": sum(ADAM_BYTES[role in own and own[role].eight_bit] * n for role, n in trained.items()),
         "gradients": FLOAT_BYTES * waiting(trained.values()),
         "merged copies": combined * parts.adapted_bytes,
+        "adapters on a second transformer": FLOAT_BYTES * len(beside) * parts.adapter_numbers,
         "autoencoder": 0 if m.offload else parts.autoencoder_bytes,
         "prompts and trajectories": b.prompts * (parts.prompt_bytes + points * b.group * parts.latent_bytes),
     }
@@ -191,7 +195,9 @@ class _Parts:
         self.full_numbers = sum(p.numel() for p in transformer.parameters())
         self.autoencoder_bytes = sum(_bytes(p) for p in backbone.pipeline.vae.parameters())
         delta = AddedDelta(Role.SURROGATE_EMA, 1.0) if added else None
-        specs = [RoleSpec(Role.GENERATOR, trained=True, added=delta)] + [RoleSpec(Role.SURROGATE_EMA)] * added
+        specs = [RoleSpec(Role.GENERATOR, trained=True, added=delta)]
+        if added:
+            specs.append(RoleSpec(Role.SURROGATE_EMA))
         with torch.device("meta"):
             self.roles = create_roles(specs, backbone, adapter_settings(model))
         self.adapter_numbers = sum(p.numel() for p in self.roles.parameters(Role.GENERATOR))
@@ -245,7 +251,7 @@ class _Parts:
 
 @cache
 def _parts(name: str, model: str, samples: int, sizes: tuple[tuple[str, Any], ...], added: bool) -> _Parts:
-    """Kept: a run and the distillation before it have the same."""
+    """Kept: recipes share them."""
     config = ModelConfig.model_validate_json(model)
     backbone = random_backbone(name, config, **dict(sizes))
     return _Parts(backbone, config, samples, added=added)

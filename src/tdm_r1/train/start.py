@@ -30,7 +30,8 @@ def distillation(config: RunConfig) -> RunConfig:
     Raises UserError if that recipe does not distil.
     """
     settings = {"output": config.folder, "name": "distill", "seed": config.seed}
-    settings |= {"model": config.model.model_dump() | {"teacher": None, "student_lora_scale": None, "fake_lora": None}}
+    none = dict.fromkeys(("teacher", "student_lora_scale", "fake_lora", "surrogate_lora"))
+    settings |= {"model": config.model.model_dump() | none}
     settings |= {"sampler": config.sampler.model_dump(), "batch.micro_batch": config.batch.micro_batch}
     recipe = load_recipe(str(config.distill_with)).override(settings)
     if recipe.algorithm != "tdm":

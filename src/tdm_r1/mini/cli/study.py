@@ -48,6 +48,8 @@ def main(args: list[str]) -> int:
     if unknown := [name for name in command.only if name not in names]:
         raise UserError(f"--only = {unknown[0]!r}: no such row; --list prints them")
     rows = [r for r in ALL if (r.name in command.only if command.only else r.group == "methods")]
+    if command.world != "mini" and (wrong := [row.name for row in rows if row.group == "rewards"]):
+        raise UserError(f"--only = {wrong[0]!r} with {command.world}: these rewards read shapes; use the world mini")
     from ..study import Study, run_study
 
     study = Study(command.world, command.scored, command.prompts, rows, command.seeds, command.results, command.runs)
