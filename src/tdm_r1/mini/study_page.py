@@ -32,14 +32,14 @@ PARTS = {
 }
 INTRODUCTIONS = {  # before a part's table
     "rewards": [
-        "The recipe unchanged, and with another limit. In the column reward, the first figure is the start's, on the",
-        "noise of the run's own evaluations. What such a reward costs in held-out metrics even if it is followed",
+        "The recipe unchanged, and with a stronger reward. The first figure in the column reward is the start's, on",
+        "the noise of the run's own evaluations. What such a reward costs in held-out metrics even if it is followed",
         "exactly is in [reward_tilt_jpeg.md](../reward_tilt_jpeg.md), [reward_tilt_size.md](../reward_tilt_size.md)",
         "and [reward_tilt_count.md](../reward_tilt_count.md).",
         "",
     ],
     "batch": [
-        "On 2.4 times the images. The limit of the reward's part is off in this project's rows.",
+        "On 2.4 times the images, with this project's recipe as it was when it was searched.",
         "",
     ],
     "search": [

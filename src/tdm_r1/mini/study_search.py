@@ -14,10 +14,9 @@ from itertools import product
 from typing import Any
 
 from ..config.load import load_recipe
-from .study_rows import DIRECT, ROWS, Row, policy
+from .study_rows import AS_SEARCHED, DIRECT, ROWS, Row, policy
 
 ATTENTION_AND_FF = load_recipe("mini_release").model.lora.targets
-AS_SEARCHED = {"balance.limit": None}  # of this project's recipe, when it was searched
 OURS: dict[str, dict[str, Any]] = {  # one choice at a time
     "no limit": {},
     "scale 16": {"balance.scale": 16.0},
