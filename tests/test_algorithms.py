@@ -189,29 +189,29 @@ def test_an_algorithm_goes_on_from_its_state(kind):
 def test_the_controller_moves_slowly_towards_the_ratio_and_stays_in_bounds():
     config = BalanceConfig(policy="ratio", scale=4.0, ratio=2.0, rate=0.1, bounds=(3.5, 5.0))
     balance = Balance(config)
-    balance.update(1.0, 1.0)  # 1:1, wanted 2:1
+    balance.update(1.0, 1.0, -1.0)  # 1:1, wanted 2:1
     assert balance.scale == pytest.approx(4.0 * math.exp(0.1 * math.log(2)))
-    balance.update(1.0, 100.0)
-    balance.update(1.0, 100.0)
-    balance.update(1.0, 100.0)
+    balance.update(1.0, 100.0, -1.0)
+    balance.update(1.0, 100.0, -1.0)
+    balance.update(1.0, 100.0, -1.0)
     assert balance.scale == 5.0
     assert one_step(1.0, 1e6) == pytest.approx(4.0 * math.exp(0.1))  # by at most the rate, either way
     assert one_step(1.0, 1e-6) == pytest.approx(4.0 * math.exp(-0.1))
     assert one_step(3.0, 1.0) == pytest.approx(4.0 * math.exp(0.1 * math.log(2 / 3)))
     for _ in range(9):
-        balance.update(1.0, 1e-9)
+        balance.update(1.0, 1e-9, -1.0)
     assert balance.scale == 3.5
     before = balance.scale
-    balance.update(0.0, 1.0)  # nothing to weigh
+    balance.update(0.0, 1.0, -1.0)  # nothing to weigh
     assert balance.scale == before
     fixed = Balance(BalanceConfig(scale=4.0, limit=None))
-    fixed.update(1.0, 50.0)
+    fixed.update(1.0, 50.0, -1.0)
     assert fixed.scale == 4.0
 
 
 def one_step(reward_part: float, kl_part: float) -> float:
     balance = Balance(BalanceConfig(policy="ratio", scale=4.0, ratio=2.0, rate=0.1, bounds=(0.1, 50.0)))
-    balance.update(reward_part, kl_part)
+    balance.update(reward_part, kl_part, -1.0)
     return balance.scale
 
 
@@ -230,20 +230,33 @@ def test_a_controlled_scale_goes_on_unless_another_start_is_set():
 
 def test_the_balance_ignores_what_is_no_number_and_a_limit_beside_a_ratio():
     limited, ratio = Balance(BalanceConfig(limit=0.1)), Balance(BalanceConfig(policy="ratio", scale=4.0, limit=0.1))
-    limited.update(1.0, 1.0)
+    limited.update(1.0, 1.0, -0.5)
     assert limited.strength == pytest.approx(math.exp(-0.1))
-    for reward_part, kl_part in ((math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, math.inf), (0.0, 1.0)):
+    bad = ((math.nan, 1.0, -1.0), (math.inf, 1.0, -1.0), (1.0, math.nan, -1.0), (1.0, 1.0, math.nan), (0.0, 1.0, -1.0))
+    for parts in bad:
         before = limited.strength, ratio.scale
-        limited.update(reward_part, kl_part)
-        ratio.update(reward_part, kl_part)
+        limited.update(*parts)
+        ratio.update(*parts)
         assert (limited.strength, ratio.scale) == before
-    ratio.update(1.0, 2.0)
+    ratio.update(1.0, 2.0, -1.0)
     assert ratio.strength == 1.0
+
+
+def test_the_limit_is_of_what_opposes_the_kl_part():
+    """A part of 0.3 with a cosine of -0.5 opposes by 0.15; one that points the KL part's way is not weakened."""
+    balance = Balance(BalanceConfig(scale=8.0, limit=0.12))
+    balance.update(0.3, 1.0, -0.5)
+    assert balance.strength == pytest.approx((0.12 / 0.15) ** 0.1)
+    assert balance.scale == pytest.approx(8.0 * balance.strength)
+    balance.update(0.3, 1.0, -0.4)  # just at the limit
+    assert balance.strength == pytest.approx((0.12 / 0.15) ** 0.1)
+    balance.update(5.0, 1.0, 0.9)
+    assert balance.strength == 1.0
 
 
 def test_the_limit_weakens_the_reward_while_its_part_is_too_large_and_lets_it_recover():
     settings = {"batch": SMALL, "surrogate": {"ema_decay": 0.0}}
-    far = experiment(TDMR1, TEACHER, balance={"scale": 3.0, "limit": 1e-9}, **settings)
+    far = experiment(TDMR1, TEACHER, balance={"scale": 3.0, "limit": 1e-30}, **settings)
     rows = far.run(3)
     weaker = [math.exp(-0.1 * k) for k in (1, 2, 3)]
     assert [row["generator/reward_strength"] for row in rows] == pytest.approx(weaker)

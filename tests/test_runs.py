@@ -209,7 +209,7 @@ def test_what_is_exported_may_carry_more_than_training_does(tiny_config: Make):
 @pytest.mark.parametrize("weights_of", ["lora", "full"])
 def test_the_limit_weakens_what_is_added_as_much_as_the_scale(tiny_config: Make, weights_of: str):
     surrogate = {"weights": weights_of, "added_delta": 0.5, "added_delta_exported": 2.0, "ema_decay": 0.0}
-    run = Run(tiny_config(surrogate=surrogate, balance={"scale": 3.0, "limit": 1e-9}, iterations=2))
+    run = Run(tiny_config(surrogate=surrogate, balance={"scale": 3.0, "limit": 1e-30}, iterations=2))
     inputs = torch.randn(2, 8, 8, 8), torch.full((2,), 0.5), run.embed(["a cross", "a red circle"])
 
     def acting(run: Run) -> torch.Tensor:

@@ -141,7 +141,7 @@ class SurrogateConfig(Settings):
         0.98, ge=0, lt=1, description="Decay of the average of phi whose direction is used; default: ours, docs/notes."
     )
     added_delta: float = Field(
-        1.5,
+        1.0,
         ge=0,
         description="Weight at which the averaged phi's change of weights is added to generator and fake score; 0: the "
         "paper; default: ours, docs/method.md.",
@@ -185,16 +185,15 @@ class BalanceConfig(Settings):
         description="fixed: a guidance scale, ours. ratio: a slow, bounded controller towards reward:KL = ratio.",
     )
     scale: float = Field(
-        4.0, ge=0, description="The guidance scale, and the controller's start; default: ours, docs/notes."
+        8.0, ge=0, description="The guidance scale, and the controller's start; default: ours, docs/notes."
     )
     ratio: float = Field(2.0, gt=0, description="reward:KL of the gradient; default: paper.")
     limit: float | None = Field(
-        0.3,
+        0.1,
         gt=0,
-        description="Largest reward part of the generator's direction, over the normaliser. At rest it equals the KL "
-        "part, so this bounds the distance from the teacher, and a reward that is easy to predict moves the model no "
-        "further than others. While it is larger, a controller weakens the scale and what is added to the generator; "
-        "null for no limit. For policy fixed alone; default: ours, docs/notes.",
+        description="Largest size of what of the reward's part opposes the KL part, over the normaliser: of the pull "
+        "away from the teacher, whatever the reward. While it is larger, a controller weakens the scale and what is "
+        "added to the generator; null for no limit. For policy fixed alone; default: ours, docs/notes.",
     )
     rate: float = Field(0.02, gt=0, description="The controller's step in log scale; default: ours.")
     bounds: tuple[float, float] = Field((0.5, 20.0), description="Bounds of the controlled scale; default: ours.")

@@ -31,7 +31,7 @@ from .settings import AlgorithmSettings, BalanceConfig, check_tdm_r1
 from .surrogate import Surrogate
 from .tdm import TDM
 
-LIMIT_RATE = 0.1  # of the controller that keeps the reward's part within `balance.limit`: at most 10 % an iteration
+LIMIT_RATE = 0.1  # of the controller that keeps within `balance.limit`: at most 10 % an iteration
 STRENGTH_LEAST = 0.01
 
 
@@ -83,7 +83,8 @@ class TDMR1(Algorithm):
         # 6. The generator moves along reward and KL (Eq. 10, 11).
         with seconds("generator"):
             metrics |= self.tdm.fit_generator(rollout, noise, self.reward_part, rewarded)
-        self.balance.update(metrics["generator/reward_part"], metrics["generator/kl_part"])
+        parts = ("reward_part", "kl_part", "kl_reward_cosine")
+        self.balance.update(*(metrics[f"generator/{name}"] for name in parts))
         self.roles.weaken(Role.SURROGATE_EMA, self.balance.strength)
         scales = {"generator/reward_scale": self.balance.scale, "generator/reward_strength": self.balance.strength}
         return metrics | scales | seconds.read()
@@ -166,18 +167,23 @@ class Balance:
 
     @property
     def strength(self) -> float:
-        """The factor that keeps the reward's part within ``limit``, on lambda and on the weight of what is added to the
-        generator. Both act at once; phi is learned at full strength."""
+        """The factor that keeps within ``limit`` what of the reward's part opposes the KL part: on lambda, and on the
+        weight of what is added to the generator. Both act at once; phi is learned at full strength."""
         return self.limiter.value
 
-    def update(self, reward_part: float, kl_part: float) -> None:
-        """Moves the scale towards the wanted ratio of the last update's two parts, and the strength to the limit."""
-        if not 0 < reward_part < math.inf or not math.isfinite(kl_part):
+    def update(self, reward_part: float, kl_part: float, cosine: float) -> None:
+        """Moves the scale towards the wanted ratio of the last update's two parts, and the strength to the limit.
+
+        Args:
+            cosine: between the two parts; below 0 they oppose each other.
+        """
+        if not 0 < reward_part < math.inf or not math.isfinite(kl_part + cosine):
             return  # nothing to weigh, or an update that was left out
         if self.config.policy == "ratio":
             self.controller.update(math.log(self.config.ratio * max(kl_part, 1e-12) / reward_part))
         elif self.config.limit is not None:
-            self.limiter.update(math.log(self.config.limit / reward_part))
+            opposed = reward_part * max(-cosine, 1e-12)
+            self.limiter.update(math.log(self.config.limit / opposed))
 
     def state(self) -> dict[str, Any]:
         return {"scale": self.controller.state(), "strength": self.limiter.state()}

@@ -32,9 +32,9 @@ PARTS = {
 }
 INTRODUCTIONS = {  # before a part's table
     "rewards": [
-        "The recipe unchanged, and with a stronger reward. The first figure in the column reward is the start's, on",
-        "the noise of the run's own evaluations. What such a reward costs in held-out metrics even if it is followed",
-        "exactly is in [reward_tilt_jpeg.md](../reward_tilt_jpeg.md), [reward_tilt_size.md](../reward_tilt_size.md)",
+        "The recipe unchanged. The first figure in the column reward is the start's, on the noise of the run's own",
+        "evaluations. What such a reward costs in held-out metrics even if it is followed exactly is in",
+        "[reward_tilt_jpeg.md](../reward_tilt_jpeg.md), [reward_tilt_size.md](../reward_tilt_size.md)",
         "and [reward_tilt_count.md](../reward_tilt_count.md).",
         "",
     ],
