@@ -11,7 +11,8 @@ from rich.console import Console
 from tdm_r1.algorithms.registry import CHECKS
 from tdm_r1.cli import main
 from tdm_r1.errors import UserError
-from tdm_r1.mini.study import SETTINGS_READ, Study, _only_read, _within, run_study
+from tdm_r1.mini.study import SETTINGS_READ, Study, _only_read, _within, run_study, stale
+from tdm_r1.mini.study_page import write_page
 from tdm_r1.mini.study_search import ALL
 
 BY_NAME = {row.name: row for row in ALL}
@@ -71,6 +72,9 @@ def test_rows_are_run_once_and_the_page_shows_them(tmp_path: Path):
     assert stamps == {name: one.record_of(BY_NAME[name], 0).stat().st_mtime_ns for name in names}
     assert records["dgpo-then-tdm"]["scored"] == records["dgpo-many"]["scored"]  # its teacher's
     assert records["dgpo-then-tdm"]["passes"] > records["dgpo-many"]["passes"]
+    assert "†" not in page.replace("Rows with †", "")
+    assert stale(study(tmp_path, "start", scored=256)) == {"tdm-r1", "p-phi", "frozen", "dgpo-many", "dgpo-then-tdm"}
+    assert "| tdm-r1 † |" in write_page(one.results, "mini", {"tdm-r1"}).read_text()
     run_study(study(tmp_path, "start", scored=256), Console(quiet=True))  # it has no budget
     assert stamps["start"] == one.record_of(BY_NAME["start"], 0).stat().st_mtime_ns
     with pytest.raises(UserError, match="has a run with iterations = 1, wanted is 2: remove it"):

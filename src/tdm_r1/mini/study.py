@@ -118,7 +118,13 @@ def run_study(study: Study, console: Console) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_text(path, json.dumps(record, indent=1))
             pictures.save_png(pictures.strip(images), path.with_suffix(".png"))
-            write_page(study.results, study.world)
+            write_page(study.results, study.world, stale(study))
+
+
+def stale(study: Study) -> set[str]:
+    """The rows of the page with a record of other settings than they have now."""
+    found = [(row, seed) for row in ALL for seed in study.seeds if study.record_of(row, seed).exists()]
+    return {row.name for row, seed in found if not _same(study.record_of(row, seed), study, row, seed)}
 
 
 def one(study: Study, row: Row, seed: int, console: Console) -> tuple[dict[str, Any], np.ndarray]:

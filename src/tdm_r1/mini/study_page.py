@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +51,15 @@ INTRODUCTIONS = {  # before a part's table
 Record = dict[str, Any]
 
 
-def write_page(results: Path, world: str) -> Path:
-    """Writes `WORLD.md`, its curves and its grid from the records that there are; returns the page."""
+def write_page(results: Path, world: str, stale: Collection[str] = ()) -> Path:
+    """Writes `WORLD.md`, its curves and its grid from the records that there are; returns the page.
+
+    Args:
+        stale: rows whose records are of earlier settings, to be marked.
+    """
     records = read(results / world)
     page = results / f"{world}.md"
-    write_text(page, markdown(records, world))
+    write_text(page, markdown(records, world, stale))
     curves(records, world, results / f"{world}_curves.png")
     grid(results / world, records, results / f"{world}_grid.png")
     return page
@@ -70,7 +74,7 @@ def read(folder: Path) -> dict[str, list[Record]]:
     return {row.name: sorted(found[row.name], key=lambda r: r["seed"]) for row in ALL if row.name in found}
 
 
-def markdown(records: dict[str, list[Record]], world: str) -> str:
+def markdown(records: dict[str, list[Record]], world: str, stale: Collection[str]) -> str:
     lines = [
         f"# The study on {world}",
         "",
@@ -78,7 +82,8 @@ def markdown(records: dict[str, list[Record]], world: str) -> str:
         "the methods every one that learns has scored the same number of images. Each figure is the mean over the",
         "seeds and two draws of evaluation noise, with the standard deviation over seeds where there are several;",
         "arrows say which way is better. A pass is one of the network over one image; a backward pass counts as two.",
-        "NFE: passes for an image when the model is used.",
+        "NFE: passes for an image when the model is used. Rows with † are of earlier settings (in their records)",
+        "and have not been run again.",
         "",
         f"![curves]({world}_curves.png)",
         "",
@@ -89,11 +94,13 @@ def markdown(records: dict[str, list[Record]], world: str) -> str:
     for part, title in PARTS.items():
         rows = [row for row in ALL if row.group == part and row.name in records]
         if rows:
-            lines += ["", f"## {title}", "", *INTRODUCTIONS.get(part, ()), *table(rows, records, world, part)]
+            lines += ["", f"## {title}", "", *INTRODUCTIONS.get(part, ()), *table(rows, records, world, part, stale)]
     return "\n".join(lines) + "\n"
 
 
-def table(rows: Sequence[Row], records: dict[str, list[Record]], world: str, part: str) -> list[str]:
+def table(
+    rows: Sequence[Row], records: dict[str, list[Record]], world: str, part: str, stale: Collection[str]
+) -> list[str]:
     metrics = (*(("reward",) if part == "rewards" else ()), TRAINED[world], *HELD_OUT[world])
     arrows = {"up": "↑", "down": "↓", "": ""}
     heads = [f"{name} {arrows[better(name)]}".strip() for name in metrics]
@@ -104,11 +111,12 @@ def table(rows: Sequence[Row], records: dict[str, list[Record]], world: str, par
     for row in rows:
         own = records[row.name]
         seeds = ", ".join(str(r["seed"]) for r in own)
+        name = row.name + (" †" if row.name in stale else "")
         cells = [cell([np.mean([draw[m] for draw in r["end"]]) for r in own if m in r["end"][0]]) for m in metrics]
         if part == "rewards":
             cells[0] = f"{np.mean([r['curve'][0]['reward'] for r in own]):.3f}, {cells[0]}"
         lines.append(
-            f"| {row.name} | {row.what} | {seeds} | {' | '.join(cells)} | {own[0]['network_evaluations']} | "
+            f"| {name} | {row.what} | {seeds} | {' | '.join(cells)} | {own[0]['network_evaluations']} | "
             f"{mean_of(own, 'scored'):,.0f} | {mean_of(own, 'passes') / 1e6:.2f} | {mean_of(own, 'seconds') / 60:.1f} |"
         )
     return lines
