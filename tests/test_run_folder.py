@@ -109,7 +109,7 @@ def test_a_controlled_scale_goes_on_unless_another_start_is_given(tiny_config: M
     [
         ("algorithm", "tdm"),
         ("tdm.fake_scores", "one"),
-        ("surrogate.weights", "lora"),
+        ("surrogate.weights", "full"),
         ("model.lora.rank", "8"),
         ("model.lora.alpha", "8"),
         ("tdm.fake.eight-bit", None),
