@@ -191,9 +191,9 @@ class BalanceConfig(Settings):
     limit: float | None = Field(
         0.1,
         gt=0,
-        description="Largest size of what of the reward's part opposes the KL part, over the normaliser: of the pull "
-        "away from the teacher, whatever the reward. While it is larger, a controller weakens the scale and what is "
-        "added to the generator; null for no limit. For policy fixed alone; default: ours, docs/notes.",
+        description="Largest component of the reward's part against the KL part: its mean size over the normaliser, "
+        "times the negative cosine between the two. While it is larger, a controller weakens the scale and what is "
+        "added to the generator. null for no limit. It acts with policy fixed alone; default: ours, docs/notes.",
     )
     rate: float = Field(0.02, gt=0, description="The controller's step in log scale; default: ours.")
     bounds: tuple[float, float] = Field((0.5, 20.0), description="Bounds of the controlled scale; default: ours.")

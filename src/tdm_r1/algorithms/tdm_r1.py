@@ -31,8 +31,8 @@ from .settings import AlgorithmSettings, BalanceConfig, check_tdm_r1
 from .surrogate import Surrogate
 from .tdm import TDM
 
-LIMIT_RATE = 0.1  # of the controller that keeps within `balance.limit`: at most 10 % an iteration
-STRENGTH_LEAST = 0.01
+LIMIT_RATE = 0.1  # the strength's step in log scale, for `balance.limit`: at most 10 % an iteration; ours
+STRENGTH_LEAST = 0.01  # ours
 
 
 class TDMR1(Algorithm):
@@ -167,8 +167,8 @@ class Balance:
 
     @property
     def strength(self) -> float:
-        """The factor that keeps within ``limit`` what of the reward's part opposes the KL part: on lambda, and on the
-        weight of what is added to the generator. Both act at once; phi is learned at full strength."""
+        """A factor of at most 1, on lambda and on the weight of what is added to the generator: below 1 while more of
+        the reward's part opposes the KL part than ``limit`` allows. Phi itself is learned at full strength."""
         return self.limiter.value
 
     def update(self, reward_part: float, kl_part: float, cosine: float) -> None:

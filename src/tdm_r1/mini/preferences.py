@@ -1,4 +1,4 @@
-"""Rewards of the shapes that no recipe was tuned on: what `tdm-r1 study` tries the recipe's settings on unchanged."""
+"""Rewards for shapes that no recipe was tuned on. `tdm-r1 study` runs the recipe on them unchanged."""
 
 from __future__ import annotations
 
