@@ -19,6 +19,7 @@ from tdm_r1.algorithms.rollout import Rollout
 from tdm_r1.algorithms.tdm_direct_rl import TDMDirectRL
 from tdm_r1.config.run import validate
 from tdm_r1.core import flow, losses, sde
+from tdm_r1.core.randomness import Normal
 from tdm_r1.core.toy import GaussianMixture
 from tdm_r1.errors import UserError
 from tdm_r1.models.specification import Role
@@ -123,7 +124,7 @@ def test_dgpos_gradient_is_that_of_its_loss_written_out(micro_batch: int):
     times = found.algorithm.draw_times(noise)
     total, x_0 = torch.zeros(()), rollout.trajectory.final
     for time in times.float():
-        eps = torch.randn(4, 2, 1, 1, generator=noise).repeat_interleave(6, 0)
+        eps = Normal.drawn(noise, (2, 1, 1)).first(4).repeat_interleave(6, 0)
         t, x_t = time.expand(24), (1 - time) * x_0 + time * eps
         v, ref, old = (velocity(found, role, x_t, t, rollout) for role in (Role.GENERATOR, Role.REFERENCE, OLD))
         l_v, l_ref, l_old = ((u - (eps - x_0)).square().flatten(1).mean(1) for u in (v, ref, old))
@@ -154,7 +155,7 @@ def test_nfts_gradient_is_that_of_its_loss_written_out():
     orders = torch.rand(24, 4, generator=noise).argsort(1)[:, 1:]
     grid, x_0, total = flow.few_step_grid(4, 3.0).float(), rollout.trajectory.final, torch.zeros(())
     for j in range(3):
-        t, eps = grid[orders[:, j]], torch.randn(x_0.shape, generator=noise)
+        t, eps = grid[orders[:, j]], Normal.drawn(noise, (2, 1, 1)).first(24)
         shaped = t.reshape(-1, 1, 1, 1)
         x_t = (1 - shaped) * x_0 + shaped * eps
         v, ref, old = (velocity(found, role, x_t, t, rollout) for role in (Role.GENERATOR, Role.REFERENCE, OLD))

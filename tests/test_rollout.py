@@ -44,19 +44,19 @@ def test_a_rollout_is_the_solvers_walk(solver: str):
 
 
 def test_draws_are_shared_inside_groups_and_only_there():
-    draw = draw_points(rollout_of(12), torch.Generator().manual_seed(0), group_size=4)
+    draw = draw_points(rollout_of(12), torch.Generator().manual_seed(0), group_size=4).all()
     for values in (draw.index, draw.s, draw.t, draw.eps.flatten(1)[:, 0]):
         groups = values.reshape(3, 4)
         assert (groups == groups[:, :1]).all()
     assert len(draw.t.unique()) == 3
-    alone = draw_points(rollout_of(12), torch.Generator().manual_seed(0))
+    alone = draw_points(rollout_of(12), torch.Generator().manual_seed(0)).all()
     assert len(alone.t.unique()) == 12
 
 
 @pytest.mark.parametrize(("points", "expected"), [("all", {0, 1, 2, 3}), ("earlier", {0, 1, 2}), ("final", {3})])
 def test_points_of_the_trajectory(points: str, expected: set[int]):
     rollout = rollout_of(400)
-    draw = draw_points(rollout, torch.Generator().manual_seed(0), points=points)  # type: ignore[arg-type]
+    draw = draw_points(rollout, torch.Generator().manual_seed(0), points=points).all()  # type: ignore[arg-type]
     counts = Counter(draw.index.tolist())
     assert set(counts) == expected
     assert min(counts.values()) > 400 / len(expected) * 0.7
@@ -92,7 +92,7 @@ def test_times_fill_their_range(noise_range: str, time_range: tuple[float, float
 
 @pytest.mark.parametrize(("steps", "shift"), [(8, 15.0), (40, 3.0)])
 def test_times_are_above_their_points_on_steep_grids(steps: int, shift: float):
-    draw = draw_points(rollout_of(2000, steps, shift), torch.Generator().manual_seed(0))
+    draw = draw_points(rollout_of(2000, steps, shift), torch.Generator().manual_seed(0)).all()
     assert (draw.t > draw.s).all()
     assert (draw.t < 1).all()
     assert draw.s.max() > 0.99

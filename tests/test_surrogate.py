@@ -56,7 +56,7 @@ def fitted(surrogate: dict, advantage: Tensor) -> tuple[Mixture, Draw, dict[str,
     before.load_state_dict(gradients(one, Role.SURROGATE))
     phi, rollout = one.algorithm.surrogate, one.algorithm.tdm.roll_out(batch_of(24))
     metrics = phi.fit(rollout, advantage, torch.arange(24), torch.Generator().manual_seed(5))
-    draw = phi.draw(rollout, torch.Generator().manual_seed(5), 6)
+    draw = phi.draw(rollout, torch.Generator().manual_seed(5), 6).all()
     return before, draw, metrics, gradients(one, Role.SURROGATE)
 
 
@@ -212,7 +212,8 @@ def test_the_implicit_reward_is_how_much_better_phi_explains_a_sample(baseline: 
             for p in found.roles.parameters(role):
                 p.add_(change)
     surrogate, rollout = found.algorithm.surrogate, found.algorithm.tdm.roll_out(batch_of(5))
-    draw = surrogate.draw(rollout, torch.Generator().manual_seed(0), 1)
+    drawn = surrogate.draw(rollout, torch.Generator().manual_seed(0), 1)
+    draw = drawn.all()
 
     def velocity_of(role: Role) -> Tensor:
         with torch.no_grad(), found.roles.use(role) as velocity:
@@ -221,7 +222,7 @@ def test_the_implicit_reward_is_how_much_better_phi_explains_a_sample(baseline: 
     phi, ref = velocity_of(Role.SURROGATE_EMA), velocity_of(Role.TEACHER)
     base = ref if baseline == "reference" else velocity_of(Role.FAKE)
     l_base, l_phi = (losses.denoising(v, draw.x_t, draw.eps, draw.s, draw.t) for v in (base, base + phi - ref))
-    torch.testing.assert_close(surrogate._implicit_reward(rollout, draw, torch.arange(5)), l_base - l_phi)
+    torch.testing.assert_close(surrogate._implicit_reward(rollout, drawn, torch.arange(5)), l_base - l_phi)
 
 
 def test_groups_are_packed_whole():
@@ -248,9 +249,9 @@ def test_the_probe_keeps_its_first_points():
         assert x_t.eq(0).all()
         return torch.tensor([[1.0, 0.0], [0.0, 1.0]]).reshape(2, 2, 1, 1)
 
-    assert math.isnan(probe.cosine(*points[0], direction))
-    assert probe.cosine(*points[1], direction) == pytest.approx(1.0)
-    assert probe.cosine(*points[2], lambda *p: -direction(*p)) == pytest.approx(-1.0)
+    assert probe.cosines(*points[0], direction).isnan().tolist() == [True, True]
+    assert probe.cosines(*points[1], direction).tolist() == pytest.approx([1.0, 1.0])
+    assert probe.cosines(*points[2], lambda *p: -direction(*p)).tolist() == pytest.approx([-1.0, -1.0])
 
 
 def test_the_target_is_scaled_by_kappa():

@@ -11,6 +11,7 @@ from tdm_r1.algorithms.rollout import Rollout, draw_points, draw_times
 from tdm_r1.algorithms.tdm import TDM
 from tdm_r1.algorithms.tdm_r1 import TDMR1
 from tdm_r1.core import flow, losses, solvers
+from tdm_r1.core.randomness import Normal
 from tdm_r1.models.protocol import Conditioning
 from tdm_r1.models.specification import Role
 
@@ -68,7 +69,7 @@ def generator_loss(found: Experiment, rollout: Rollout, noise: torch.Generator, 
     grid, n = trajectory.grid.float(), len(rollout)
     index = torch.randint(trajectory.steps, (n,), generator=noise)
     t = draw_times(trajectory, index, noise, noise_range=config.tdm.noise_range)
-    eps, eps_step = (torch.randn(trajectory.final.shape, generator=noise) for _ in range(2))
+    eps, eps_step = (Normal.drawn(noise, trajectory.final.shape[1:]).first(n) for _ in range(2))
     rows = range(n)
     x = torch.stack([trajectory.points[int(index[i]), i] for i in rows])
     before = torch.stack([trajectory.clean[max(int(index[i]) - 1, 0), i] for i in rows])
@@ -135,7 +136,7 @@ def test_the_fake_scores_move_against_the_gradient_of_eq_1(name: str):
         parts = [("earlier", Role.FAKE, earlier), ("final", Role.FAKE_FINAL, final)]
     for points, role, rows in parts:
         own, seed = rollout.rows(rows), noise.get_state()
-        draw = draw_points(own, noise, points=points, noise_range=noise_range)
+        draw = draw_points(own, noise, points=points, noise_range=noise_range).all()
         assert bool((draw.index == rollout.trajectory.steps - 1).any()) is (points != "earlier")
         v = velocity(found, role, draw.x_t, draw.t, own.conditioning)
         loss = losses.denoising(v, draw.x_t, draw.eps, draw.s, draw.t).mean()
@@ -161,6 +162,6 @@ def test_a_rollout_repeats_the_stochastic_solvers_noise_from_its_generator():
     assert torch.equal(one.points, again.points)
     eps = torch.Generator().manual_seed(5)
     torch.randn(24, 2, 1, 1, generator=eps)  # x_1
-    first = torch.randn(24, 2, 1, 1, generator=eps)
+    first = Normal.drawn(eps, (2, 1, 1)).first(24)
     torch.testing.assert_close(one.points[1], flow.add_noise(one.clean[0], first, float(one.grid[1])))
     assert isinstance(one, solvers.Trajectory)

@@ -16,7 +16,7 @@ from torch import Tensor
 import tiny_models
 from mixture_world import SMALL, TEACHER, batch_of, experiment
 from tdm_r1.algorithms.protocol import Batch
-from tdm_r1.algorithms.rollout import Draw, Rollout, roll_out
+from tdm_r1.algorithms.rollout import Draw, Renoised, Rollout, roll_out
 from tdm_r1.algorithms.settings import BatchConfig
 from tdm_r1.algorithms.tdm_r1_release import OLD, OLD_DECAY, TDMR1Release, arrival
 from tdm_r1.config.run import validate
@@ -137,13 +137,14 @@ class Case:
     rollout: Rollout
     advantage: Tensor
 
-    def draws_of(self, fit: Callable[[], object]) -> list[Draw]:
+    def draws_of(self, fit: Callable[[], object]) -> list[Renoised]:
         """What ``fit`` draws while it runs."""
-        found, real = [], self.algorithm.draw
+        found: list[Draw] = []
+        real = self.algorithm.draw
         self.algorithm.draw = lambda *args, **more: found.append(real(*args, **more)) or found[-1]  # type: ignore[method-assign]
         fit()
         self.algorithm.draw = real  # type: ignore[method-assign]
-        return found
+        return [draw.all() for draw in found]
 
     def gradient(self, role: Role) -> list[Tensor]:
         found = [p.grad.clone() if p.grad is not None else torch.zeros_like(p) for p in self.parameters(role)]
@@ -154,7 +155,7 @@ class Case:
     def parameters(self, role: str) -> list:
         return self.algorithm.roles.parameters(role)
 
-    def v(self, role: str, draw: Draw, text: Conditioning | None = None) -> Tensor:
+    def v(self, role: str, draw: Renoised, text: Conditioning | None = None) -> Tensor:
         with self.algorithm.roles.use(role) as velocity:
             return velocity(draw.x_t, draw.t, self.rollout.conditioning if text is None else text)
 
@@ -231,7 +232,7 @@ def weigh(a: Tensor) -> Tensor:
     return a.reshape(-1, 1, 1, 1)
 
 
-def loss_of_fake(case: Case, index: Tensor, draw: Draw) -> Tensor:
+def loss_of_fake(case: Case, index: Tensor, draw: Renoised) -> Tensor:
     c, t = case.algorithm.config, weigh(draw.t)
     v, teacher = case.v(Role.FAKE, draw), case.v(Role.TEACHER, draw).detach()
     x0 = case.rollout.trajectory.clean[index[0]]
@@ -243,7 +244,7 @@ def loss_of_fake(case: Case, index: Tensor, draw: Draw) -> Tensor:
     return (per_sample + c.fake_anchor * (v - teacher).square().flatten(1).mean(1)).mean() / c.trained_steps
 
 
-def loss_of_surrogate(case: Case, draw: Draw) -> Tensor:
+def loss_of_surrogate(case: Case, draw: Renoised) -> Tensor:
     """Sample by sample, in plain Python."""
     a, c, steps = case.algorithm, case.algorithm.config, case.algorithm.sampler.steps
     target = flow.conditional_velocity(draw.x_t.double(), draw.eps.double(), draw.s.double(), draw.t.double())
@@ -266,12 +267,12 @@ def loss_of_surrogate(case: Case, draw: Draw) -> Tensor:
     return total / len(case.advantage) / c.trained_steps
 
 
-def loss_of_generator(case: Case, index: Tensor, for_kl: Draw, for_reward: Draw) -> Tensor:
+def loss_of_generator(case: Case, index: Tensor, for_kl: Renoised, for_reward: Renoised) -> Tensor:
     """As the release puts it: w times guided TDM, and (1 - w) times the unguided KL and the reward."""
     a, c, here = case.algorithm, case.algorithm.config, case.rollout.trajectory
     i = int(index[0])
 
-    def x0(v: Tensor, draw: Draw) -> Tensor:
+    def x0(v: Tensor, draw: Renoised) -> Tensor:
         return draw.x_t - weigh(draw.t) * v
 
     with a.roles.use(Role.GENERATOR) as velocity:
@@ -336,11 +337,11 @@ def test_the_draws_are_shared_as_they_should_be():
     drawn = torch.cat([a.draw_steps(24, noise)[::3] for _ in range(2000)])
     torch.testing.assert_close(drawn.bincount() / len(drawn), torch.tensor([0.1, 0.2, 0.3, 0.4]), atol=0.01, rtol=0)
     x_s = case.rollout.trajectory.at(index + 1)
-    draw = a.draw(index, x_s, 0.55, noise, shared=True)
+    draw = a.draw(index, x_s, 0.55, noise, shared=True).all()
     assert (draw.t.reshape(-1, 3) == draw.t[::3, None]).all()
     assert len(draw.t.unique()) == 8
     assert (draw.eps.reshape(4, 6, -1) == draw.eps.reshape(4, 6, -1)[:, :1]).all()
-    assert len(a.draw(index, x_s, 0.55, noise).eps.flatten(1)[:, 0].unique()) == 24
+    assert len(a.draw(index, x_s, 0.55, noise).all().eps.flatten(1)[:, 0].unique()) == 24
     u = draw.t / (3 - 2 * draw.t)
     assert (u >= torch.maximum(torch.tensor(0.55), 1 - (index + 1) / 4) + 0.0199).all()
     torch.testing.assert_close(draw.s, flow.few_step_grid(4, 3.0).float()[index + 1])

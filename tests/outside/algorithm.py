@@ -60,7 +60,7 @@ class BestOfGroup(Algorithm):
         )
         rewards = batch.score(rollout.trajectory.final).reshape(-1, batch.group)
         best = rollout.rows(rewards.argmax(1) + batch.group * torch.arange(len(rewards)))
-        draw = draw_points(best, batch.noise, points="final")
+        draw = draw_points(best, batch.noise, points="final").all()
         with self.roles.use(Role.GENERATOR) as velocity:
             v = velocity(draw.x_t, draw.t, best.conditioning)
             losses.denoising(v, draw.x_t, draw.eps, draw.s, draw.t).mean().backward()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core import flow, losses
+from ..core.randomness import Normal
 from ..models.protocol import Conditioning
 from ..models.roles import Roles
 from ..models.specification import Role, RoleSpec
@@ -52,14 +53,13 @@ class DGPO(Policy):
         x_0, times = rollout.trajectory.final, self.draw_times(noise)
         for time in times:
             t = time.to(x_0).expand(n)
-            eps = torch.randn((n // self.group, *x_0.shape[1:]), generator=noise).to(x_0)
-            eps = eps.repeat_interleave(self.group, 0)
-            x_t = flow.add_noise(x_0, eps, t)
-            for rows in rollout.micro_batches(self.micro_batch):
-                text, a, target = rollout.conditioning.rows(rows), advantage[rows], eps[rows] - x_0[rows]
-                v_ref, v_old = (self.velocity(role, x_t[rows], t[rows], text) for role in (Role.REFERENCE, OLD))
+            normal = Normal.drawn(noise, x_0.shape[1:], shared=self.group)
+            for rows in rollout.micro_batches(self.micro_batch, group=self.group):
+                text, a, eps = rollout.conditioning.rows(rows), advantage[rows], normal[rows].to(x_0)
+                target, at = eps - x_0[rows], (flow.add_noise(x_0[rows], eps, t[rows]), t[rows])
+                v_ref, v_old = (self.velocity(role, *at, text) for role in (Role.REFERENCE, OLD))
                 with self.roles.use(Role.GENERATOR) as velocity:
-                    v = velocity(x_t[rows], t[rows], text)
+                    v = velocity(*at, text)
                     loss, gap = losses.squared_error(v, target), losses.squared_error(v, v_ref)
                     with torch.no_grad():  # the sigmoid's slope and the clip are constants of the loss
                         loss_ref, loss_old = (losses.squared_error(u, target) for u in (v_ref, v_old))

@@ -10,13 +10,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core import flow, losses, sde
+from ..core import flow, losses, processes, sde
+from ..core.randomness import Normal
 from ..models.protocol import Conditioning, guided, in_parts
 from ..models.roles import Roles
 from ..models.specification import Role
 from .metrics import Stopwatch, Sums, mean_of_each
 from .policy import Policy
 from .protocol import Batch, Evaluations
+from .rollout import micro_batches
 from .settings import AlgorithmSettings
 
 
@@ -55,11 +57,13 @@ class FlowGRPO(Policy):
     @torch.no_grad()  # the trajectory is data
     def walk(self, text: Conditioning, x_1: Tensor, noise: torch.Generator) -> Walk:
         """Samples from noise ``x_1`` [B, C, H, W] by the SDE, with the likelihood of each step."""
-        x, points, likelihoods = x_1, [x_1], []
+        n, own = len(x_1), processes.mine(torch.arange(len(x_1)))
+        x, text, likelihoods = x_1[own], text.rows(own), []
+        points = [x]
         with self.roles.use(Role.GENERATOR) as velocity:
             v = in_parts(guided(velocity, self.empty, self.sampler.guidance), self.micro_batch)
             for k in range(self.sampler.steps):
-                u, eps = v(x, self.time(k, x), text), torch.randn(x.shape, generator=noise).to(x)
+                u, eps = v(x, self.time(k, x), text), Normal.drawn(noise, x.shape[1:])[own].to(x)
                 if k == self.sampler.steps - 1:  # not trained: without noise, which few steps would leave in the image
                     points.append(x + u * flow.expand(self.time(k + 1, x) - self.time(k, x), x))
                     break
@@ -67,14 +71,15 @@ class FlowGRPO(Policy):
                 x = mean + deviation * eps
                 points.append(x)
                 likelihoods.append(sde.log_likelihood(x, mean, deviation))
-        return Walk(torch.stack(points), torch.stack(likelihoods))
+        walked = (processes.gather(torch.stack(a, 1), n).transpose(0, 1) for a in (points, likelihoods))
+        return Walk(*walked)
 
     def fit(self, walk: Walk, text: Conditioning, advantage: Tensor, rows: Tensor) -> dict[str, float]:
         """Accumulates the gradient of PPO's clipped loss (arXiv 1707.06347, Eq. 7) and the KL to the start."""
         c, sums, trained = self.config, Sums(), self.sampler.steps - 1
         share = 1 / (len(rows) * trained)
         for k in range(trained):
-            for part in rows.split(self.micro_batch):
+            for part in micro_batches(rows, self.micro_batch):
                 x, after, of, a = walk.points[k, part], walk.points[k + 1, part], text.rows(part), advantage[part]
                 mean_ref, *_ = self.mean_of(self.guided_velocity(Role.REFERENCE, x, k, of, grad=False), x, k)
                 with self.roles.use(Role.GENERATOR):

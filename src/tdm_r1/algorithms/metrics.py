@@ -9,9 +9,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from ..core import processes
+
 
 class Sums:
-    """Weighted sums of numbers that are on a device. `read` waits for the device, once; `add` never does."""
+    """Weighted sums of numbers that are on a device. `read` waits for the device, once; `add` never does.
+
+    Where there are several processes each adds what its own samples give, and `read` sums that.
+    """
 
     def __init__(self) -> None:
         self._names: list[str] = []
@@ -30,7 +35,7 @@ class Sums:
         values = torch.stack(self._values).tolist() if self._values else []
         for name, weight, value in zip(self._names, self._weights, values, strict=True):
             found[name] += weight * value
-        return found
+        return processes.sum_of_each(found)
 
 
 def mean_of_each(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core import flow, losses
+from ..core.randomness import Normal
 from ..models.protocol import Conditioning
 from ..models.roles import Roles
 from ..models.specification import Role, RoleSpec
@@ -55,10 +56,10 @@ class DiffusionNFT(Policy):
         orders = torch.rand(n, self.sampler.steps, generator=noise).argsort(1)[:, LEFT_OUT:]
         share = 1 / (n * orders.shape[1])
         for index in orders.unbind(1):
-            t, eps = grid[index], torch.randn(x_0.shape, generator=noise).to(x_0)
-            x_t = flow.add_noise(x_0, eps, t)
+            t, normal = grid[index], Normal.drawn(noise, x_0.shape[1:])
             for rows in rollout.micro_batches(self.micro_batch):
-                text, at = rollout.conditioning.rows(rows), (x_t[rows], t[rows])
+                x_t = flow.add_noise(x_0[rows], normal[rows].to(x_0), t[rows])
+                text, at = rollout.conditioning.rows(rows), (x_t, t[rows])
                 v_ref, v_old = (self.velocity(role, *at, text) for role in (Role.REFERENCE, OLD))
                 with self.roles.use(Role.GENERATOR) as velocity:
                     v = velocity(*at, text)

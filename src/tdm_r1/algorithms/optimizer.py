@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from ..core import processes
 from ..errors import UserError
 from .optimizer_settings import OptimizerConfig
 
@@ -53,7 +54,11 @@ class Optimizer:
         return self.adamw.param_groups[0]["lr"]
 
     def step(self) -> dict[str, float]:
-        """Updates the weights and drops the gradients; returns the gradient's norm before clipping, and the rate."""
+        """Updates the weights and drops the gradients; returns the gradient's norm before clipping, and the rate.
+
+        The gradient is the sum of those of all processes.
+        """
+        processes.sum_gradients(self.parameters)
         norm, rate = float(nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)), self.rate
         finite = math.isfinite(norm)
         if finite:

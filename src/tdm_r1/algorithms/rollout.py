@@ -9,7 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..core import flow, solvers
+from ..core import flow, processes, solvers
+from ..core.randomness import Normal
 from ..models.protocol import Conditioning, guided, in_parts
 from ..models.roles import Roles
 from .settings import NoiseRange, SamplerConfig
@@ -41,14 +42,25 @@ class Rollout:
         trajectory = solvers.Trajectory(trajectories[0].grid, points, clean)
         return Rollout(trajectory, Conditioning.join([part.conditioning for part in parts]))
 
-    def micro_batches(self, size: int) -> Iterator[Tensor]:
-        """Row indices of at most ``size`` samples at a time."""
-        yield from torch.arange(len(self)).split(size)
+    def micro_batches(self, size: int, *, group: int = 1) -> Iterator[Tensor]:
+        """Row indices of at most ``size`` samples at a time; of this process's share, where there are several.
+
+        Args:
+            group: consecutive samples that stay in one micro-batch.
+        """
+        yield from micro_batches(torch.arange(len(self)), size, group=group)
+
+
+def micro_batches(rows: Tensor, size: int, *, group: int = 1) -> Iterator[Tensor]:
+    """This process's share of ``rows`` [N], at most ``size`` at a time, see `Rollout.micro_batches`."""
+    own = processes.mine(rows, group)
+    if len(own):
+        yield from own.split(size // group * group)
 
 
 @dataclass(frozen=True)
-class Draw:
-    """Points of a rollout, re-noised: x_t ~ q(x_t | x_s) with s = t_k. ``index`` i has grid[i] = t_{k+1}.
+class Renoised:
+    """Points x_t ~ q(x_t | x_s) with s = t_k. ``index`` i has grid[i] = t_{k+1}.
 
     index: int64 [B] in 0..K-1, the step whose result is x_s. s, t: [B]. x_t, eps: [B, C, H, W].
     """
@@ -59,9 +71,25 @@ class Draw:
     x_t: Tensor
     eps: Tensor
 
-    def rows(self, rows: Tensor) -> Draw:
-        """The points of the samples in ``rows`` [N] (int64)."""
-        return Draw(self.index[rows], self.s[rows], self.t[rows], self.x_t[rows], self.eps[rows])
+
+@dataclass(frozen=True)
+class Draw:
+    """What was drawn for every sample: the points x_s [B, C, H, W], times and noise, from which `rows` makes x_t."""
+
+    index: Tensor
+    s: Tensor
+    t: Tensor
+    x_s: Tensor
+    noise: Normal
+
+    def rows(self, rows: Tensor) -> Renoised:
+        """The re-noised points of the samples in ``rows`` [N] (int64)."""
+        s, t, eps = self.s[rows], self.t[rows], self.noise[rows].to(self.x_s.device)
+        return Renoised(self.index[rows], s, t, flow.renoise(self.x_s[rows], eps, s, t), eps)
+
+    def all(self) -> Renoised:
+        """Those of all samples."""
+        return self.rows(torch.arange(len(self.index)))
 
 
 @torch.no_grad()  # the trajectory is data; only one step of it is re-run with gradient (TDM.fit_generator)
@@ -82,14 +110,19 @@ def roll_out(
         empty: the empty prompt's conditioning, where the sampler has guidance.
     """
     grid = flow.few_step_grid(sampler.steps, sampler.shift)
-
-    def fresh(step: int) -> Tensor:
-        return torch.randn(x_1.shape, generator=noise)
+    own = processes.mine(torch.arange(len(x_1)))
+    c, start = conditioning.rows(own), x_1[own]
+    noises = [Normal.drawn(noise, x_1.shape[1:]) for _ in range(sampler.steps)] if noise else []
 
     with roles.use(role) as velocity:
         v = in_parts(guided(velocity, empty, sampler.guidance) if empty else velocity, micro_batch)
-        trajectory = solvers.sample(lambda x, t: v(x, t, conditioning), x_1, grid, solver=sampler.solver, noise=fresh)
-    return Rollout(trajectory, conditioning)
+        walked = solvers.sample(
+            lambda x, t: v(x, t, c), start, grid, solver=sampler.solver, noise=lambda step: noises[step][own]
+        )
+    points, clean = (
+        processes.gather(a.transpose(0, 1), len(x_1)).transpose(0, 1) for a in (walked.points, walked.clean)
+    )
+    return Rollout(solvers.Trajectory(grid, points, clean), conditioning)
 
 
 def draw_points(
@@ -109,14 +142,13 @@ def draw_points(
         noise_range, time_range: see `draw_times`.
     """
     n_groups, trajectory = len(rollout) // group_size, rollout.trajectory
-    device, last = trajectory.points.device, trajectory.steps - 1
+    last = trajectory.steps - 1
     low, high = {"all": (0, last), "earlier": (0, last - 1), "final": (last, last)}[points]
     index = torch.randint(low, high + 1, (n_groups,), generator=noise)  # on the CPU, so that a GPU waits for nothing
-    eps = torch.randn((n_groups, *trajectory.final.shape[1:]), generator=noise).to(device)
+    eps = Normal.drawn(noise, trajectory.final.shape[1:], shared=group_size)
     t = draw_times(trajectory, index, noise, noise_range=noise_range, time_range=time_range)
-    index, t, eps = (a.repeat_interleave(group_size, 0) for a in (index, t, eps))
-    s = trajectory.time(index + 1)
-    return Draw(index, s, t, flow.renoise(trajectory.at(index + 1), eps, s, t), eps)
+    index, t = (a.repeat_interleave(group_size, 0) for a in (index, t))
+    return Draw(index, trajectory.time(index + 1), t, trajectory.at(index + 1), eps)
 
 
 def draw_times(

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core import flow, losses
+from ..core import flow, losses, processes
 from ..models.protocol import Conditioning, in_parts
 from ..models.roles import Roles
 from ..models.specification import Role
 from .metrics import Sums
 from .optimizer import Optimizer
-from .rollout import Draw, Rollout, draw_points
+from .rollout import Draw, Rollout, draw_points, micro_batches
 from .settings import AlgorithmSettings
 from .tdm import TDM, RewardPart
 
@@ -47,20 +47,20 @@ class Surrogate:
 
     def _fit_anchored(self, rollout: Rollout, advantage: Tensor, draw: Draw, rows: Tensor) -> dict[str, float]:
         n, sums = len(rows), Sums()
-        for part in rows.split(self.micro_batch):
-            x_t, t, c = draw.x_t[part], draw.t[part], rollout.conditioning.rows(part)
-            v_ref = self.reference_velocity(x_t, t, c)
-            v_base = self.baseline_velocity(x_t, t, c, draw.index[part], v_ref)
+        for part in micro_batches(rows, self.micro_batch):
+            here, c = draw.rows(part), rollout.conditioning.rows(part)
+            v_ref = self.reference_velocity(here.x_t, here.t, c)
+            v_base = self.baseline_velocity(here.x_t, here.t, c, here.index, v_ref)
             with self.roles.use(Role.SURROGATE) as velocity:
-                v_phi = velocity(x_t, t, c)
+                v_phi = velocity(here.x_t, here.t, c)
                 loss = losses.anchored_regression(
                     v_phi,
                     v_ref,
                     v_base,
-                    x_t,
-                    draw.eps[part],
-                    draw.s[part],
-                    t,
+                    here.x_t,
+                    here.eps,
+                    here.s,
+                    here.t,
                     advantage[part],
                     kappa=self.config.kappa,
                 )
@@ -71,17 +71,17 @@ class Surrogate:
         return sums.read()
 
     def _fit_preference(self, rollout: Rollout, advantage: Tensor, draw: Draw, rows: Tensor) -> dict[str, float]:
-        """Eq. 8, 9 and 18. The group's sum stands inside the sigmoid. A group that is larger than a micro-batch takes a
-        first pass without gradient that finds the sum, and a second that follows the sigmoid's slope there: so the
-        gradient is exact."""
+        """Eq. 8, 9 and 18. The group's sum stands inside the sigmoid. Groups that are larger than a micro-batch, or too
+        few to give every process one, take a first pass without gradient that finds the sums, and a second that follows
+        the sigmoid's slope there: so the gradient is exact."""
         group = torch.arange(len(rollout), device=rows.device) // self.group_size
-        parts = whole_groups(rows, group[rows], self.micro_batch)
-        split = parts is None
-        parts = parts or list(rows.split(self.micro_batch))
         used = group[rows].unique()
+        parts = self._whole_groups(rows, group, used)
+        split = parts is None
+        parts = list(micro_batches(rows, self.micro_batch)) if parts is None else parts
         sums_of_groups = self._sums_of_groups(rollout, advantage, draw, parts, group) if split else None
         slope = _slope(sums_of_groups, self.config.beta) if sums_of_groups is not None else None
-        metrics, found = Sums(), []
+        metrics = Sums()
         for part in parts:
             with self.roles.use(Role.SURROGATE):
                 terms, gap = self._preference_terms(rollout, advantage, draw, part)
@@ -90,29 +90,45 @@ class Surrogate:
                 else:
                     sums = _sum_by(terms, group[part])
                     loss = losses.group_preference(sums, beta=self.config.beta).sum()
-                    found.append(sums.detach())
+                    self._measure_loss(metrics, sums.detach(), len(used))
                 loss = loss / len(used)
                 if self.config.trust_region == "anchor":
                     loss = loss + self.config.anchor_weight * gap.sum() / len(rows)
                 loss.backward()
             metrics.add("surrogate/distance_from_reference", gap.sum(), 1 / len(rows))
-        sums = sums_of_groups[used] if sums_of_groups is not None else torch.cat(found)
-        metrics.add("surrogate/loss", losses.group_preference(sums, beta=self.config.beta).mean())
-        metrics.add("surrogate/saturation", losses.saturation(self.config.beta * sums))
+        if sums_of_groups is not None:  # every process has all of them
+            self._measure_loss(metrics, sums_of_groups[used], len(used) * processes.count())
         return metrics.read()
+
+    def _measure_loss(self, metrics: Sums, sums: Tensor, of: int) -> None:
+        beta = self.config.beta
+        metrics.add("surrogate/loss", losses.group_preference(sums, beta=beta).sum(), 1 / of)
+        metrics.add("surrogate/saturation", losses.saturation(beta * sums), len(sums) / of)
+
+    def _whole_groups(self, rows: Tensor, group: Tensor, used: Tensor) -> list[Tensor] | None:
+        """This process's share of ``rows`` in parts that split no group; None if that cannot be, or leaves one idle."""
+        parts = whole_groups(rows, group[rows], self.micro_batch)
+        if parts is None or processes.count() == 1:
+            return parts
+        if len(used) < processes.count():
+            return None
+        own = rows[torch.isin(group[rows], processes.mine(used))]
+        return whole_groups(own, group[own], self.micro_batch)
 
     @torch.no_grad()  # the value inside each group's sigmoid
     def _sums_of_groups(
         self, rollout: Rollout, advantage: Tensor, draw: Draw, parts: list[Tensor], group: Tensor
     ) -> Tensor:
-        inside = [self._preference_terms(rollout, advantage, draw, part)[0] for part in parts]
-        sums = inside[0].new_zeros(len(rollout) // self.group_size)
-        return sums.index_add(0, group[torch.cat(parts)].to(sums.device), torch.cat(inside))
+        sums = advantage.new_zeros(len(rollout) // self.group_size)
+        for part in parts:
+            inside, _ = self._preference_terms(rollout, advantage, draw, part)
+            sums.index_add_(0, group[part].to(sums.device), inside.to(sums))
+        return processes.sum_of(sums)
 
     def _preference_terms(self, rollout: Rollout, advantage: Tensor, draw: Draw, part: Tensor) -> tuple[Tensor, Tensor]:
         """(T - t_k) A_i (l_phi - l_ref) of the samples in ``part``, over the group size; and |v_phi - v_ref|^2."""
-        x_t, eps, s, t = draw.x_t[part], draw.eps[part], draw.s[part], draw.t[part]
-        c = rollout.conditioning.rows(part)
+        here, c = draw.rows(part), rollout.conditioning.rows(part)
+        x_t, eps, s, t = here.x_t, here.eps, here.s, here.t
         v_ref = self.reference_velocity(x_t, t, c)
         with self.roles.use(Role.SURROGATE) as velocity:
             v_phi = velocity(x_t, t, c)
@@ -167,20 +183,23 @@ class Surrogate:
         advantage = advantage[rows]
         if not bool(advantage.any()):
             return {}
-        draw = self.draw(rollout, noise, self.group_size)
-        implicit = torch.cat([self._implicit_reward(rollout, draw, some) for some in rows.split(self.micro_batch)])
-        points = draw.x_t[rows], draw.t[rows], rollout.conditioning.rows(rows)
-        return {
-            "surrogate/preference_accuracy": preference_accuracy(implicit, advantage, self.group_size),
-            "surrogate/direction_cosine": self.probe.cosine(*points, in_parts(part, self.micro_batch)),
-        }
+        draw, own, sums = self.draw(rollout, noise, self.group_size), processes.mine(rows), Sums()
+        parts = [self._implicit_reward(rollout, draw, some) for some in micro_batches(rows, self.micro_batch)]
+        implicit = processes.gather(torch.cat(parts) if parts else advantage[:0], len(rows))
+        if len(own):
+            here = draw.rows(own)
+            direction = in_parts(part, self.micro_batch)
+            cosines = self.probe.cosines(here.x_t, here.t, rollout.conditioning.rows(own), direction)
+            sums.add("surrogate/direction_cosine", cosines.sum(), 1 / len(rows))
+        accuracy = preference_accuracy(implicit, advantage, self.group_size)
+        return {"surrogate/preference_accuracy": accuracy} | sums.read()
 
     def _implicit_reward(self, rollout: Rollout, draw: Draw, part: Tensor) -> Tensor:
         """By how much phi's change, on top of what its targets start from, explains the samples in ``part`` better."""
-        x_t, eps, s, t = draw.x_t[part], draw.eps[part], draw.s[part], draw.t[part]
-        c = rollout.conditioning.rows(part)
+        here, c = draw.rows(part), rollout.conditioning.rows(part)
+        x_t, eps, s, t = here.x_t, here.eps, here.s, here.t
         v_ref = self.reference_velocity(x_t, t, c)
-        v_base = self.baseline_velocity(x_t, t, c, draw.index[part], v_ref)
+        v_base = self.baseline_velocity(x_t, t, c, here.index, v_ref)
         with self.roles.use(Role.SURROGATE_EMA) as velocity:
             v_phi = v_base + velocity(x_t, t, c) - v_ref
         return losses.denoising(v_base, x_t, eps, s, t) - losses.denoising(v_phi, x_t, eps, s, t)
@@ -221,12 +240,14 @@ class Probe:
         self._points: tuple[Tensor, Tensor, Conditioning] | None = None
         self._last: Tensor | None = None
 
-    def cosine(self, x_t: Tensor, t: Tensor, c: Conditioning, direction_of: RewardPart) -> float:
-        """Mean cosine between the direction now and at the last call; NaN at the first."""
+    def cosines(self, x_t: Tensor, t: Tensor, c: Conditioning, direction_of: RewardPart) -> Tensor:
+        """Cosine of each sample between the direction now and at the last call, [B]; NaN at the first."""
         self._points = self._points or (x_t, t, c)
         direction = direction_of(*self._points).flatten(1)
         last, self._last = self._last, direction
-        return math.nan if last is None else float(nn.functional.cosine_similarity(direction, last).mean())
+        if last is None:
+            return torch.full((len(direction),), math.nan)
+        return nn.functional.cosine_similarity(direction, last)
 
 
 def preference_accuracy(implicit: Tensor, advantage: Tensor, group_size: int) -> float:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import flow, losses, solvers
+from ..core.randomness import Normal
 from ..models.protocol import Conditioning, guided
 from ..models.roles import Roles
 from ..models.specification import EVALUATED, AddedDelta, Average, Role, RoleSpec
@@ -85,8 +86,9 @@ class TDM(Algorithm):
         n, sums = len(rollout), Sums()
         with self.roles.use(fake) as velocity:
             for rows in rollout.micro_batches(self.micro_batch):
-                v = velocity(draw.x_t[rows], draw.t[rows], rollout.conditioning.rows(rows))
-                loss = losses.denoising(v, draw.x_t[rows], draw.eps[rows], draw.s[rows], draw.t[rows])
+                here = draw.rows(rows)
+                v = velocity(here.x_t, here.t, rollout.conditioning.rows(rows))
+                loss = losses.denoising(v, here.x_t, here.eps, here.s, here.t)
                 (loss.sum() / n).backward()
                 sums.add(f"{fake}/loss", loss.sum(), 1 / n)
         return sums.read() | _named(fake, self.optimizers[fake].step())
@@ -107,14 +109,15 @@ class TDM(Algorithm):
         rewarded = (n if rewarded is None else rewarded) if reward_part else 0
         index = torch.randint(trajectory.steps, (n,), generator=noise)
         t = draw_times(trajectory, index, noise, noise_range=self.config.noise_range)
-        eps, eps_step = (torch.randn(trajectory.final.shape, generator=noise).to(t.device) for _ in range(2))
+        for_t, for_step = (Normal.drawn(noise, trajectory.final.shape[1:]) for _ in range(2))
         for rows in rollout.micro_batches(self.micro_batch):
             part = rollout.rows(rows)
             i, c, here = index[rows], part.conditioning, part.trajectory
+            eps, eps_step = (normal[rows].to(t.device) for normal in (for_t, for_step))
             with self.roles.use(Role.GENERATOR) as velocity:  # only the step k+1 -> k, from the stored x_{t_{k+1}}
                 x0 = flow.x0_from_v(velocity(here.at(i), here.time(i), c), here.at(i), here.time(i))
                 with torch.no_grad():  # the direction of Eq. 2 and 11 is a stop-gradient
-                    x_t = flow.renoise(self._next(here, i, x0, eps_step[rows]), eps[rows], here.time(i + 1), t[rows])
+                    x_t = flow.renoise(self._next(here, i, x0, eps_step), eps, here.time(i + 1), t[rows])
                     kl, x0_teacher = self.matching_direction(x_t, t[rows], c, i)
                     reward = torch.zeros_like(kl)
                     own = (rows < rewarded).nonzero()[:, 0]

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import flow, losses, release, solvers
+from ..core import flow, losses, processes, release, solvers
 from ..core.advantages import group_advantages
+from ..core.randomness import Normal
 from ..models.protocol import Conditioning, guided
 from ..models.roles import Roles
 from ..models.specification import Average, Role, RoleSpec, trailing, warm_up
@@ -23,7 +24,7 @@ from .metrics import Stopwatch, Sums, mean_of_each
 from .optimizer import Optimizer
 from .optimizer_settings import OptimizerConfig
 from .protocol import Algorithm, Batch, Evaluations
-from .rollout import TIME_GAP, Draw, Rollout, roll_out
+from .rollout import TIME_GAP, Draw, Renoised, Rollout, roll_out
 from .settings import AlgorithmSettings, check_release
 from .surrogate import preference_accuracy
 from .tdm import generator_and_fake
@@ -88,7 +89,7 @@ class TDMR1Release(Algorithm):
         c, sums, n = self.config, Sums(), len(rollout)
         clean, x_s = arrival(rollout.trajectory, index)
         draw = self.draw(index, x_s, 0.0, noise)
-        for rows in rollout.micro_batches(self.micro_batch):
+        for rows in rollout.micro_batches(self.micro_batch, group=self.group):
             here, text = draw.rows(rows), rollout.conditioning.rows(rows)
             v_teacher = self.velocity(Role.TEACHER, here, text)
             with self.roles.use(Role.FAKE) as velocity:
@@ -109,7 +110,7 @@ class TDMR1Release(Algorithm):
         index = self.draw_steps(n, noise)
         x_s = rollout.trajectory.at(index + 1)
         draw = self.draw(index, x_s, c.surrogate_low, noise, shared=c.shared_noise)
-        for rows in rollout.micro_batches(self.micro_batch):
+        for rows in rollout.micro_batches(self.micro_batch, group=self.group):
             here, text, a = draw.rows(rows), rollout.conditioning.rows(rows), advantage[rows]
             target = release.velocity_back_to(x_s[rows], here.eps, here.s, here.t)
             v_ref = self.velocity(self.reference, here, text)
@@ -121,7 +122,8 @@ class TDMR1Release(Algorithm):
             implicit.append(measured.pop("implicit_reward"))
             for name, value in measured.items():
                 sums.add(f"surrogate/{name}", value.sum(), 1 / n)
-        accuracy = preference_accuracy(torch.cat(implicit), advantage, self.group)
+        own = torch.cat(implicit) if implicit else advantage[:0]
+        accuracy = preference_accuracy(processes.gather(own, n, self.group), advantage, self.group)
         return sums.read() | {"surrogate/preference_accuracy": accuracy}
 
     def surrogate_terms(
@@ -159,7 +161,7 @@ class TDMR1Release(Algorithm):
         for_kl = self.draw(index, x_s, 0.0, noise)
         for_reward = self.draw(index, x_s, c.reward_low, noise, shared=c.shared_noise)
         rewarded = c.rewarded_steps is None or int(index[0]) < c.rewarded_steps
-        for rows in rollout.micro_batches(self.micro_batch):
+        for rows in rollout.micro_batches(self.micro_batch, group=self.group):
             text, i = rollout.conditioning.rows(rows), index[rows]
             kl, norm = self.kl_part(clean[rows], for_kl.rows(rows), text, rewarded=rewarded)
             direction = kl / norm
@@ -176,7 +178,7 @@ class TDMR1Release(Algorithm):
         return sums.read()
 
     @torch.no_grad()  # the direction of Eq. 2 and 11 is a stop-gradient
-    def kl_part(self, clean: Tensor, draw: Draw, text: Conditioning, *, rewarded: bool) -> tuple[Tensor, Tensor]:
+    def kl_part(self, clean: Tensor, draw: Renoised, text: Conditioning, *, rewarded: bool) -> tuple[Tensor, Tensor]:
         """KL to the teacher with guidance, and its normaliser; at steps without reward ``tdm_weight`` times TDM."""
         c, x_t, t = self.config, draw.x_t, draw.t
         both = Conditioning.join([self.empty.expand(len(x_t)), text])
@@ -191,7 +193,7 @@ class TDMR1Release(Algorithm):
         return (kl if rewarded else c.tdm_weight * kl), flow.expand(norm, kl)
 
     @torch.no_grad()  # the direction of Eq. 2 and 11 is a stop-gradient
-    def reward_part(self, clean: Tensor, draw: Draw, text: Conditioning) -> tuple[Tensor, Tensor]:
+    def reward_part(self, clean: Tensor, draw: Renoised, text: Conditioning) -> tuple[Tensor, Tensor]:
         """(1 - tdm_weight) times the direction in which the implicit reward falls, and its normaliser: phi with
         guidance, its reference without."""
         c = self.config
@@ -203,7 +205,7 @@ class TDMR1Release(Algorithm):
         return (1 - c.tdm_weight) * losses.reward_direction(x0_phi, x0_ref), flow.expand(norm, x0_phi)
 
     @torch.no_grad()  # a constant of every loss that it stands in
-    def velocity(self, role: str, draw: Draw, text: Conditioning) -> Tensor:
+    def velocity(self, role: str, draw: Renoised, text: Conditioning) -> Tensor:
         """A role's velocity at a draw's points, without gradient."""
         with self.roles.use(role) as velocity:
             return velocity(draw.x_t, draw.t, text)
@@ -221,9 +223,7 @@ class TDMR1Release(Algorithm):
         t = release.unshifted_uniform(u_s.clamp_min(low), shift=self.sampler.shift, gap=TIME_GAP, noise=noise)
         t = t.repeat_interleave(self.block).to(x_s)
         n = self.group if shared else 1
-        eps = torch.randn((len(x_s) // n, *x_s.shape[1:]), generator=noise).repeat_interleave(n, 0).to(x_s)
-        s = grid.to(x_s)[index + 1]
-        return Draw(index, s, t, flow.renoise(x_s, eps, s, t), eps)
+        return Draw(index, grid.to(x_s)[index + 1], t, x_s, Normal.drawn(noise, x_s.shape[1:], shared=n))
 
     def draw_steps(self, n: int, noise: torch.Generator) -> Tensor:
         """The surrogate's steps of ``n`` samples, [n], one for each block; later ones are likelier where weighted."""

@@ -6,7 +6,7 @@ import os
 import sys
 from importlib import import_module
 
-from ..errors import UserError
+from ..errors import RAISED_ELSEWHERE, UserError
 
 COMMANDS = {  # name: (module, what help says of it)
     "train": ("tdm_r1.cli.train", "RECIPE: reinforce (or distil) a few-step model; settings by dotted name"),
@@ -39,7 +39,8 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at its end
         return 141  # 128 + SIGPIPE, as of any program that is stopped so
     except (UserError, ValueError, FloatingPointError, OSError) as error:
-        print(f"tdm-r1: {_one_line(error)}", file=sys.stderr)
+        if RAISED_ELSEWHERE not in getattr(error, "__notes__", ()):
+            print(f"tdm-r1: {_one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("tdm-r1: interrupted", file=sys.stderr)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core import flow, solvers
+from ..core import flow, processes, solvers
 from ..core.randomness import torch_rng
 from ..models.embedder import Embedder
 from ..models.protocol import Backbone, Conditioning, Velocity, guided
@@ -142,28 +142,51 @@ class Evaluator:
         return [p for p in prompts for _ in range(self.images_per_prompt)]
 
     def _sample(self, sampling: Sampling, prompts: list[Prompt]) -> np.ndarray:
-        texts = [p.text for p in prompts]
-        return generate(
-            self.backbone, self.roles, sampling, self.embed, texts, self.x_1, batch=self.batch, seed=self.seed
+        """Images of all prompts; each process samples its share."""
+        own = processes.mine(torch.arange(len(prompts)))
+        images = generate(
+            self.backbone,
+            self.roles,
+            sampling,
+            self.embed,
+            [prompts[i].text for i in own.tolist()],
+            self.x_1[own],
+            batch=self.batch,
+            seed=self.seed,
+            numbers=own.tolist(),
         )
+        return processes.gather(torch.from_numpy(images), len(prompts)).numpy()
+
+    def _score(self, images: np.ndarray) -> Scores:
+        """Scores of all images; each process scores its share."""
+        own = processes.mine(torch.arange(len(images)))
+
+        def score() -> Scores:
+            parts = [rows.tolist() for rows in own.split(self.batch)]
+            return joined([self.scorer(images[rows], [self.prompts[i] for i in rows]) for rows in parts])
+
+        return joined(processes.gather_each(processes.together(score)))
+
+    def _held_out(self, task: Task, images: np.ndarray, prompts: list[Prompt]) -> dict[str, float]:
+        """A task's metrics; the first process measures them for all."""
+        return processes.by_first(lambda: task.metrics(images, prompts, self.images_per_prompt))
 
     def __call__(self, sampling: Sampling) -> Evaluation:
         self.embed.learn(["", *(p.text for p in self.prompts)])  # not part of the seconds that follow
         start = time.perf_counter()
         images = self._sample(sampling, self.prompts)
         seconds = time.perf_counter() - start
-        rows = [slice(start, start + self.batch) for start in range(0, len(images), self.batch)]
-        scores = joined([self.scorer(images[r], self.prompts[r]) for r in rows])
+        scores = self._score(images)
         metrics = {
             "reward": mean_of(scores.values),
             "reward_missing": float(np.isnan(scores.values).sum()),
             **{f"reward/{name}": mean_of(part) for name, part in scores.parts.items()},
-            **self.task.metrics(images, self.prompts, self.images_per_prompt),
+            **self._held_out(self.task, images, self.prompts),
             "network_evaluations": float(sampling.network_evaluations),
             "images_per_second": len(images) / seconds,
         }
         for name, task in self.also.items():
             prompts = self.others[name]
-            found = task.metrics(self._sample(sampling, prompts), prompts, self.images_per_prompt)
+            found = self._held_out(task, self._sample(sampling, prompts), prompts)
             metrics |= {f"{name}/{metric}": value for metric, value in found.items()}
         return Evaluation({k: v for k, v in metrics.items() if not math.isnan(v)}, scores, images, self.prompts)

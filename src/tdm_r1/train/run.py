@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -14,7 +14,8 @@ from torch import Tensor
 from ..algorithms.protocol import Batch
 from ..config.load import differences, require_same_run
 from ..config.run import RunConfig
-from ..core.randomness import numpy_rng, torch_rng
+from ..core import processes
+from ..core.randomness import Normal, numpy_rng, torch_rng
 from ..errors import UserError
 from ..evaluate.evaluation import Evaluation, Evaluator, Sampling, mean_of
 from ..models.embedder import Embedder
@@ -29,6 +30,7 @@ from .build import algorithm_of, build_roles, load_starts, task_and_scorer
 from .checkpoint import DamagedError, load_state, save_state
 from .export import export_roles
 from .folder import RunFolder, listed
+from .launch import require_alike, require_share
 from .loop import interrupts, peak_memory, progress
 from .report import Reporter
 from .scoring import LatentScorer
@@ -48,10 +50,11 @@ class Run:
 
     def __init__(self, config: RunConfig, *, reward: Reward | None = None, console: Console | None = None) -> None:
         self.config = config = config if reward is None else config.override({"reward": named(reward)})
-        self.console = console or Console()
+        self.console = Console(quiet=True) if processes.rank() else console or Console()
         self.folder = config.folder
         self.files = RunFolder(config.folder)
         self.by_function = reward is not None
+        require_share(config)
         self.kl_task = load_kl_task(config.task) if config.batch.kl_prompts else None
         self.task, self.scorer = task_and_scorer(config, reward)
         self.reporter = Reporter(config, self.files, self.console)
@@ -75,8 +78,7 @@ class Run:
         prompts = self.task.train_prompts(c.batch.prompts, numpy_rng(c.seed, i, "prompts"))
         prompts = [p for p in prompts for _ in range(c.batch.group)]
         conditioning = self.embed([p.text for p in prompts])
-        shape = (len(prompts), *self.backbone.latent_shape)
-        x_1 = torch.randn(shape, generator=torch_rng(c.seed, i, "initial noise")).to(conditioning.device)
+        x_1 = Normal.drawn(torch_rng(c.seed, i, "initial noise"), self.backbone.latent_shape).first(len(prompts))
         parts: dict[str, float] = {}
 
         def score(latents: Tensor) -> Tensor:
@@ -85,8 +87,9 @@ class Run:
             return torch.from_numpy(scores.values)
 
         noise = torch_rng(c.seed, i, "algorithm")
-        batch = Batch(conditioning, x_1, c.batch.group, noise, score, *self._without_reward())
-        with peak_memory(x_1.device) as memory:
+        device = conditioning.device
+        batch = Batch(conditioning, x_1.to(device), c.batch.group, noise, score, *self._without_reward())
+        with peak_memory(device) as memory:
             metrics = self.algorithm.step(batch)
         self.iteration += 1
         return metrics | parts | memory
@@ -98,8 +101,8 @@ class Run:
             return ()
         prompts = self.kl_task.train_prompts(c.batch.kl_prompts, numpy_rng(c.seed, i, "KL prompts"))
         conditioning = self.embed([p.text for p in prompts])
-        shape = (len(prompts), *self.backbone.latent_shape)
-        x_1 = torch.randn(shape, generator=torch_rng(c.seed, i, "initial noise without reward"))
+        noise = torch_rng(c.seed, i, "initial noise without reward")
+        x_1 = Normal.drawn(noise, self.backbone.latent_shape).first(len(prompts))
         return conditioning, x_1.to(conditioning.device)
 
     # -------------------------------------------------------------------------------------- the loop
@@ -113,7 +116,8 @@ class Run:
             resume, start_from: see `open`.
             first: the evaluation of the start, where it has been made already.
         """
-        with self.files.alone():
+        with ExitStack() as held:
+            processes.by_first(lambda: held.enter_context(self.files.alone()))
             self.open(resume=resume, start_from=start_from)
             evaluator = self.evaluator()
             with self._nothing_lost():
@@ -122,9 +126,12 @@ class Run:
             self.save()
             if self.iteration < self.config.iterations:
                 self.console.print(f"Stopped after iteration {self.iteration}, saved. {self._going_on()}", markup=False)
-            with self.files.exporting(self.iteration):
-                self.export(self.folder)
+            processes.by_first(self._export)
         return last
+
+    def _export(self) -> None:
+        with self.files.exporting(self.iteration):
+            self.export(self.folder)
 
     def _going_on(self, *, earlier: bool = False) -> str:
         """How to resume; ``earlier``: from a checkpoint that one chooses."""
@@ -138,14 +145,14 @@ class Run:
         at the end."""
         every, i = self.config.evaluation.every, self.iteration
         wanted = i in (0, self.config.iterations) or (every and i % every == 0)
-        return bool(wanted) and not self.files.is_evaluated(i)
+        return bool(wanted) and not processes.by_first(lambda: self.files.is_evaluated(i))
 
     def _train(self, evaluator: Evaluator, last: Evaluation | None) -> Evaluation | None:
         """The loop; returns the last evaluation, ``last`` if it makes none."""
         c = self.config
         bar = progress(c.name, total=c.iterations, done=self.iteration, console=self.console)
         with bar as show, interrupts() as interrupted:
-            while self.iteration < self.config.iterations and not interrupted():
+            while self.iteration < self.config.iterations and not processes.any_of(interrupted()):
                 start = time.perf_counter()
                 metrics = self.step()
                 self.seconds += time.perf_counter() - start
@@ -169,10 +176,10 @@ class Run:
                 raise  # nothing to save
             raise UserError(f"{error}. {self._saved()} {self._going_on()}") from error
         except FloatingPointError as error:  # what has diverged is not saved
-            if not self.checkpoints():
+            if not self.files.checkpoints():
                 raise
             raise UserError(
-                f"{error}. {self._going_on(earlier=True)}; there are checkpoints of {listed(self.checkpoints())}"
+                f"{error}. {self._going_on(earlier=True)}; there are checkpoints of {listed(self.files.checkpoints())}"
             ) from error
         finally:
             self.scorer.close()
@@ -180,9 +187,10 @@ class Run:
     def _saved(self) -> str:
         """Saves once more, and says what there is to go on from."""
         try:
-            self.save()
+            if not processes.rank():
+                self._save()
         except OSError as error:
-            last = self.checkpoints()[-1:]
+            last = self.files.checkpoints()[-1:]
             kept = f"the last whole one is {last[0]}" if last else "there is none yet"
             return f"No checkpoint could be written ({error}); {kept}. Free some space first."
         return f"Checkpoint saved after iteration {self.iteration}. Fix the error above first."
@@ -212,11 +220,11 @@ class Run:
     def _report(self, result: Evaluation) -> Evaluation:
         self.scoring.show_failures(result.scores)
         self.scoring.watch.require_any(result.scores)
-        self.reporter.evaluation(self._counts(), result)
+        processes.by_first(lambda: self.reporter.evaluation(self._counts(), result))
         return result
 
     def _log(self, metrics: dict[str, float]) -> None:
-        self.reporter.log(self._counts(), metrics)
+        processes.by_first(lambda: self.reporter.log(self._counts(), metrics))
 
     def _counts(self) -> dict[str, float]:
         return {"iteration": self.iteration, "seconds": round(self.seconds, 2), "scored": self.scored}
@@ -235,20 +243,27 @@ class Run:
             resume: go on from the last checkpoint.
             start_from: the iteration of an earlier one to go on from instead; later ones are removed.
         """
-        self.files.require_startable(resume=resume)
+        before = processes.by_first(lambda: self._open_files(resume=resume))
         if not resume:
-            self.files.begin(self.config)
             return
-        before = self.files.settings()
-        if before is not None:
-            require_same_run(before, self.config)
         if start_from is None:
             self._load_last()
         else:
             self._load_earlier(start_from)
         for name, old, new in differences(before, self.config) if before else ():
             self.console.print(f"{name} = {new!r} from here on ({old!r} before)", markup=False)
-        self.files.file_settings(self.config)
+        processes.by_first(lambda: self.files.file_settings(self.config))
+
+    def _open_files(self, *, resume: bool) -> RunConfig | None:
+        """Begins the folder of a new run; or the settings of the run that is there, if they can be read."""
+        self.files.require_startable(resume=resume)
+        if not resume:
+            self.files.begin(self.config)
+            return None
+        before = self.files.settings()
+        if before is not None:
+            require_same_run(before, self.config)
+        return before
 
     def _load_last(self) -> None:
         """Goes on from the last checkpoint that can be read."""
@@ -270,15 +285,20 @@ class Run:
                 f"--from = {iteration}: {self.folder} has checkpoints of iterations {listed(saved)}; name one of them"
             )
         self.load(wanted)
-        for later in saved[saved.index(wanted) + 1 :]:
-            later.unlink()
+        if not processes.rank():
+            for later in saved[saved.index(wanted) + 1 :]:
+                later.unlink()
 
     def checkpoints(self) -> list[Path]:
         """The run's checkpoints, oldest first."""
-        return self.files.checkpoints()
+        return processes.by_first(self.files.checkpoints)
 
     def save(self) -> None:
         """Writes a checkpoint that `load` goes on from exactly, and drops old ones."""
+        require_alike(self.roles)
+        processes.by_first(self._save)
+
+    def _save(self) -> None:
         state = {
             "iteration": self.iteration,
             "seconds": self.seconds,
@@ -291,7 +311,7 @@ class Run:
 
     def load(self, path: Path) -> None:
         """Goes back to a checkpoint, and drops what the log has from after it."""
-        state = load_state(path)
+        state = processes.by_first(lambda: load_state(path))
         names = [str(spec.name) for spec in self.roles.specs]
         if wrong := set(names) ^ state["roles"].keys():
             raise UserError(
@@ -302,7 +322,7 @@ class Run:
         for name in names:
             self.roles.load(name, state["roles"][name])
         self.algorithm.load_state(state["algorithm"])
-        self.files.forget_after(self.iteration)
+        processes.by_first(lambda: self.files.forget_after(self.iteration))
 
     def export(self, folder: Path) -> None:
         """Writes the evaluated weights, and others that the roles declare, for plain diffusers."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+import torch
 from rich.console import Console
 from torch import Tensor
 
+from ..core import processes
 from ..models.protocol import Backbone
 from ..rewards.scorer import Scorer, Watch
 from ..rewards.scores import Scores, joined
@@ -31,22 +33,28 @@ class LatentScorer:
         self.told: set[str] = set()  # failures that were shown
 
     def __call__(self, latents: Tensor, prompts: Sequence[Prompt]) -> Scores:
-        """Scores of latents [P * G, C, H, W], some of them while the next are decoded.
+        """Scores of latents [P * G, C, H, W], some of them while the next are decoded. Each process scores its share.
 
         Raises UserError if the reward gives nothing to learn from.
         """
+        own = processes.mine(torch.arange(len(latents)))
+        chunks = processes.together(lambda: self._each(latents[own], [prompts[i] for i in own.tolist()]))
+        chunks = [chunk for of_one in processes.gather_each(chunks) for chunk in of_one]
+        scores = self.scorer.total([joined(term) for term in zip(*chunks, strict=True)], group_size=self.group)
+        self.scored += len(prompts)
+        self.show_failures(scores)
+        self.watch(scores, self.group)
+        return scores
+
+    def _each(self, latents: Tensor, prompts: Sequence[Prompt]) -> list[list[Scores]]:
+        """The scores of every term of the reward, a micro-batch at a time."""
         starts = range(0, len(latents), self.micro_batch)
         with ThreadPoolExecutor(self.scorer.parallel) as background:
             pending = [
                 background.submit(self.scorer.each, self.backbone.decode(part), prompts[start : start + len(part)])
                 for start, part in zip(starts, latents.split(self.micro_batch), strict=True)
             ]
-            chunks = [future.result() for future in pending]
-        scores = self.scorer.total([joined(term) for term in zip(*chunks, strict=True)], group_size=self.group)
-        self.scored += len(prompts)
-        self.show_failures(scores)
-        self.watch(scores, self.group)
-        return scores
+            return [future.result() for future in pending]
 
     def show_failures(self, scores: Scores) -> None:
         """Shows each thing that went wrong in scoring once."""

@@ -6,22 +6,41 @@ from rich.console import Console
 
 from ..config.load import load_recipe, require_same_run
 from ..config.run import RunConfig
+from ..core import processes
 from ..errors import UserError
 from ..evaluate.evaluation import Evaluation
 from .build import task_and_scorer
 from .folder import RunFolder
+from .launch import joined, restarted
 from .run import Run
 
 
 def train(
     config: RunConfig, *, resume: bool = False, start_from: int | None = None, console: Console | None = None
 ) -> Evaluation | None:
-    """`Run.fit`, after the distillation that makes the run's start, where the configuration names one."""
-    files = RunFolder(config.folder)
-    files.require_startable(resume=resume)  # before weights are read or anything is distilled
+    """`Run.fit`, after the distillation that makes the run's start, where the configuration names one.
+
+    Under `accelerate launch` or `torchrun` all processes make one run; one that torchrun has started again goes on from
+    the last checkpoint.
+    """
+    with joined():
+        files = RunFolder(config.folder)
+        resume = resume or (restarted() and bool(processes.by_first(files.checkpoints)))
+        processes.by_first(lambda: _require_startable(files, config, resume=resume))
+        config = with_student(config, console)
+        return built(config, console).fit(resume=resume, start_from=start_from)
+
+
+def built(config: RunConfig, console: Console | None) -> Run:
+    """A run. Raises what any process raises."""
+    return processes.together(lambda: Run(config, console=console))
+
+
+def _require_startable(files: RunFolder, config: RunConfig, *, resume: bool) -> None:
+    """Before weights are read or anything is distilled."""
+    files.require_startable(resume=resume)
     if resume and (before := files.settings()) is not None:
         require_same_run(before, config)
-    return Run(with_student(config, console), console=console).fit(resume=resume, start_from=start_from)
 
 
 def distillation(config: RunConfig) -> RunConfig:
@@ -48,9 +67,9 @@ def with_student(config: RunConfig, console: Console | None = None) -> RunConfig
         return config
     recipe = distillation(config)
     folder = recipe.folder
-    if not RunFolder(folder).is_finished():
+    if not processes.by_first(RunFolder(folder).is_finished):
         task_and_scorer(config)[1].close()  # faults of the run itself are reported now, not after a distillation
-        run = Run(recipe, console=console)
+        run = built(recipe, console)
         run.fit(resume=bool(run.checkpoints()))
         if run.iteration < recipe.iterations:
             raise UserError("the distillation was interrupted; the same command goes on with it")
