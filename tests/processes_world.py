@@ -1,6 +1,6 @@
 """What several processes compute on the mixture world; `test_processes` compares it with what one computes.
 
-    python -m torch.distributed.run --standalone --nproc-per-node 2 tests/processes_world.py FOLDER
+python -m torch.distributed.run --standalone --nproc-per-node 2 tests/processes_world.py FOLDER
 """
 
 from __future__ import annotations

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -52,3 +54,134 @@ def test_processes_make_the_update_of_one(case: str, results: Path, alone: dict)
     assert found["metrics"].keys() == metrics.keys()
     for name, value in metrics.items():
         assert found["metrics"][name] == pytest.approx(value, rel=1e-3, abs=1e-5, nan_ok=True), name
+
+
+SMALL = (
+    "--batch.prompts=2",
+    "--batch.group=3",
+    "--batch.micro-batch=3",
+    "--batch.kl-prompts=3",
+    "--task.kl=mini",
+    "--evaluation.prompts=5",
+    "--evaluation.every=2",
+    "--save-every=1",
+    "--iterations=3",
+    "--output=.",
+)
+
+
+def train(*more: str) -> tuple[str, ...]:
+    return ("-m", "tdm_r1", "train", "mini", *SMALL, *more)
+
+
+def log_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def require_same_log(one: list[dict], two: list[dict]) -> None:
+    assert len(one) == len(two)
+    for a, b in zip(one, two, strict=True):
+        assert a.keys() == b.keys()
+        for name, value in a.items():
+            if not name.startswith("seconds") and not name.endswith("images_per_second"):
+                assert b[name] == pytest.approx(value, rel=2e-3, abs=2e-4), name
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_is_the_run_of_one_and_goes_on_in_another_number(tmp_path: Path):
+    """By `accelerate launch`, then alone from its first checkpoint."""
+    accelerate = (sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([*accelerate, *train("--name=two")], cwd=tmp_path, env=environment, check=True, timeout=LIMIT)
+    alone = (sys.executable, *train("--name=one"))
+    subprocess.run(alone, cwd=tmp_path, env=environment, check=True, timeout=LIMIT)
+    one, two = log_of(tmp_path / "one"), log_of(tmp_path / "two")
+    require_same_log(one, two)
+    assert (tmp_path / "two" / "lora").is_dir()
+    (tmp_path / "two" / "exported.json").unlink()
+    again = (sys.executable, *train("--name=two", "--resume", "--from=1"))
+    subprocess.run(again, cwd=tmp_path, env=environment, check=True, timeout=LIMIT)
+    require_same_log(one, log_of(tmp_path / "two"))
+
+
+@pytest.mark.slow
+def test_torchrun_starts_a_run_again_from_its_last_checkpoint(tmp_path: Path):
+    """A reward that kills its process at the second iteration, once; the run comes to its end all the same."""
+    (tmp_path / "deadly.py").write_text(
+        "import os, signal\n"
+        "from pathlib import Path\n\n"
+        "calls = 0\n\n"
+        "def score(images, prompts, metadata):\n"
+        "    global calls\n"
+        "    calls += 1\n"
+        "    if calls == 4 and os.environ['RANK'] == '1' and not Path('killed').exists():\n"
+        "        Path('killed').touch()\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return images.mean((1, 2, 3)).tolist()\n"
+    )
+    done = launch(2, "--max-restarts=1", *train("--name=run", "--reward=deadly.py:score"), folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "killed").exists()
+    assert "exitcode: -9" in done.stderr
+    iterations = [row["iteration"] for row in log_of(tmp_path / "run") if "seconds/rollout" in row]
+    assert iterations == [1, 2, 3]
+
+
+@pytest.mark.slow
+def test_what_one_process_raises_ends_all_and_is_told_once(tmp_path: Path):
+    (tmp_path / "wrong.py").write_text(
+        "import os\n"
+        "from tdm_r1.errors import UserError\n\n"
+        "def score(images, prompts, metadata):\n"
+        "    if os.environ['RANK'] == '1':\n"
+        "        raise UserError('the licence has expired')\n"
+        "    return images.mean((1, 2, 3)).tolist()\n"
+    )
+    done = launch(2, *train("--name=run", "--reward=wrong.py:score"), folder=tmp_path)
+    assert done.returncode == 1
+    told = [line for line in done.stderr.splitlines() if line.startswith("tdm-r1")]
+    assert told == ["tdm-r1, process 1: the licence has expired"]
+
+
+def test_a_setting_that_is_wrong_is_told_once(tmp_path: Path):
+    done = launch(2, *train("--name=run", "--batch.group=0"), folder=tmp_path)
+    told = [line for line in done.stderr.splitlines() if line.startswith("tdm-r1")]
+    assert len(told) == 1
+    assert "batch.group = 0" in told[0]
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_frozen_process_is_named(frozen: int, tmp_path: Path):
+    """It stops in the middle of the run; the other, which waits for it, says so and ends."""
+    (tmp_path / "world.py").write_text(
+        "import os, signal, sys, torch, torch.distributed as dist\n"
+        "from tdm_r1.train.heartbeat import heartbeat\n"
+        "dist.init_process_group('gloo')\n"
+        "with heartbeat(interval=0.3, limit=3.0):\n"
+        "    dist.all_reduce(torch.ones(1))\n"
+        "    if dist.get_rank() == int(sys.argv[1]):\n"
+        "        os.kill(os.getpid(), signal.SIGSTOP)\n"
+        "    dist.all_reduce(torch.ones(1))\n"
+    )
+    found = dict(
+        os.environ, WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(_free_port()), OMP_NUM_THREADS="1"
+    )
+    command = [sys.executable, str(tmp_path / "world.py"), str(frozen)]
+    with ExitStack() as open_files:
+        errors = [open_files.enter_context((tmp_path / f"{i}.log").open("w")) for i in (0, 1)]
+        both = [subprocess.Popen(command, env=found | {"RANK": str(i)}, stderr=errors[i]) for i in (0, 1)]
+        try:
+            assert both[1 - frozen].wait(timeout=60) == 1
+        finally:
+            for process in both:
+                process.kill()
+                process.wait()
+    told = (tmp_path / f"{1 - frozen}.log").read_text()
+    assert f"process {frozen} of 2, on " in told
+    assert f"process {1 - frozen} ends" in told
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return int(free.getsockname()[1])

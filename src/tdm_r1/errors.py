@@ -1,6 +1,8 @@
 """Errors for users, apart from assertions for invariants."""
 
-RAISED_ELSEWHERE = "raised in another process of the run"  # a note on an error that is told there
+# Notes on errors in a run of several processes
+RAISED_ELSEWHERE = "raised in another process of the run"  # which tells of it
+RAISED_HERE = "raised in this process of the run"  # without it all processes have raised the same, and the first tells
 
 
 class UserError(Exception):

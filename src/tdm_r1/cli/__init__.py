@@ -6,7 +6,7 @@ import os
 import sys
 from importlib import import_module
 
-from ..errors import RAISED_ELSEWHERE, UserError
+from ..errors import RAISED_ELSEWHERE, RAISED_HERE, UserError
 
 COMMANDS = {  # name: (module, what help says of it)
     "train": ("tdm_r1.cli.train", "RECIPE: reinforce (or distil) a few-step model; settings by dotted name"),
@@ -39,12 +39,20 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at its end
         return 141  # 128 + SIGPIPE, as of any program that is stopped so
     except (UserError, ValueError, FloatingPointError, OSError) as error:
-        if RAISED_ELSEWHERE not in getattr(error, "__notes__", ()):
-            print(f"tdm-r1: {_one_line(error)}", file=sys.stderr)
+        if who := _teller(error):
+            print(f"{who}: {_one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("tdm-r1: interrupted", file=sys.stderr)
         return 130
+
+
+def _teller(error: Exception) -> str:
+    """Who tells of an error; empty if this process is one of several and another tells."""
+    rank, notes = os.environ.get("RANK", "0"), getattr(error, "__notes__", ())
+    if rank == "0":
+        return "" if RAISED_ELSEWHERE in notes else "tdm-r1"
+    return f"tdm-r1, process {rank}" if RAISED_HERE in notes else ""
 
 
 def _dispatch(args: list[str]) -> int:

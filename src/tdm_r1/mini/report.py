@@ -60,6 +60,7 @@ def reinforce(config: RunConfig, console: Console) -> dict:
     record = {
         "seed": config.seed,
         "minutes": round((time.perf_counter() - start) / 60, 2),
+        "threads": torch.get_num_threads(),
         "iterations": run.iteration,
         "reward_evaluations": run.scored,
         "base": _rounded(base.metrics),
@@ -221,12 +222,13 @@ def markdown(results: Mapping) -> str:
     for recipe, records in results["recipe"].items():
         seeds = ", ".join(str(r["seed"]) for r in records)
         minutes = np.mean([r["minutes"] for r in records])
+        threads = {f" on {r['threads']} thread(s)" for r in records if "threads" in r}
         scored = np.mean([r["reward_evaluations"] for r in records])
         lines += [
             "",
             f"## {recipe}",
             "",
-            f"Seeds {seeds}; {minutes:.1f} minutes and {scored:,.0f} scored images a run.",
+            f"Seeds {seeds}; {minutes:.1f} minutes{', '.join(sorted(threads))} and {scored:,.0f} scored images a run.",
             "",
             "| metric | base, 20 guided steps | 4 steps, before | 4 steps, after | change | noise floor | better is |",
             "|---|---|---|---|---|---|---|",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import sys
@@ -10,13 +11,14 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 
 import torch.distributed as dist
 
 from ..core import processes
 
-INTERVAL = 3.0  # seconds between two beats
-LIMIT = 40.0  # seconds without one, after which a process is given up
+INTERVAL = 2.0  # seconds between two beats
+LIMIT = 25.0  # seconds without one, after which a process is given up; torchrun then takes 30 to end a frozen one
 LEAVING = 10.0  # seconds that the first process waits for the others at the end
 
 
@@ -27,11 +29,11 @@ def heartbeat(*, interval: float = INTERVAL, limit: float = LIMIT) -> Iterator[N
     When a process is silent for ``limit`` seconds it is named on stderr, and this one ends with code 1, for it may wait
     for that one in an exchange that no exception reaches. The launcher then ends the rest.
     """
-    rank, others = processes.rank(), range(1, processes.count())
-    store = _store(limit)
+    rank, store, hosts = processes.rank(), _store(), processes.gather_each(socket.gethostname())
+    heard = dict.fromkeys([0] if rank else range(1, len(hosts)), time.monotonic())
     done = threading.Event()
-    beat = threading.Thread(target=_beat, args=(store, _hosts(), done, interval, limit), daemon=True)
-    beat.start()
+    for work in (partial(_beat, store, heard, done, interval), partial(_watch, hosts, heard, done, limit)):
+        threading.Thread(target=work, daemon=True).start()  # a frozen process may keep the first from ever ending
     try:
         yield
     finally:
@@ -39,56 +41,46 @@ def heartbeat(*, interval: float = INTERVAL, limit: float = LIMIT) -> Iterator[N
         with suppress(dist.DistError):  # who has gone before is no matter now
             store.set(f"left {rank}", "")
             if rank == 0 and sys.exception() is None:  # the store goes with this process
-                store.wait([f"left {other}" for other in others], timedelta(seconds=LEAVING))
-        beat.join()
+                store.wait([f"left {other}" for other in range(1, len(hosts))], timedelta(seconds=LEAVING))
 
 
-def _store(limit: float) -> dist.TCPStore:
+def _store() -> dist.TCPStore:
     """A store of the beats' own, which the first process serves."""
-    host, port, timeout = os.environ.get("MASTER_ADDR", "localhost"), [0], timedelta(seconds=limit)
+    host, port = os.environ.get("MASTER_ADDR", "localhost"), [0]
     if processes.rank() == 0:
-        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
         port = [store.port]
     dist.broadcast_object_list(port, src=0)
     if processes.rank():
-        store = dist.TCPStore(host, port[0], is_master=False, wait_for_workers=False, timeout=timeout)
+        store = dist.TCPStore(host, port[0], is_master=False, wait_for_workers=False)
     return store
 
 
-def _hosts() -> list[str]:
-    """The name of each process's machine."""
-    return processes.gather_each(socket.gethostname())
-
-
-def _beat(store: dist.TCPStore, hosts: Sequence[str], done: threading.Event, interval: float, limit: float) -> None:
-    own = processes.rank()
-    heard = {other: ("", time.monotonic()) for other in (range(1, len(hosts)) if own == 0 else (0,))}
-    beats = 0
+def _beat(store: dist.TCPStore, heard: dict[int, float], done: threading.Event, interval: float) -> None:
+    """Beats, and notes when the others were last heard; of those that have left nothing more is expected."""
+    last: dict[int, bytes] = {}
     while not done.wait(interval):
-        beats += 1
         try:
-            store.set(f"beat {own}", str(beats))
-            _listen(store, heard)
-        except dist.DistError:  # of the first process, which serves it
-            silent: int | None = 0
-        else:
-            silent = next((other for other, (_, at) in heard.items() if time.monotonic() - at > limit), None)
-        if silent is not None and not done.is_set():
+            store.set(f"beat {processes.rank()}", str(time.time()))
+            for other in list(heard):
+                if store.check([f"left {other}"]):
+                    del heard[other]
+                elif store.check([f"beat {other}"]) and (beat := store.get(f"beat {other}")) != last.get(other):
+                    heard[other], last[other] = time.monotonic(), beat
+        except dist.DistError:  # the first process serves the store
+            heard[0] = -math.inf
+            return
+
+
+def _watch(hosts: Sequence[str], heard: dict[int, float], done: threading.Event, limit: float) -> None:
+    """Ends this process when another was not heard for too long."""
+    while not done.wait(1.0):
+        silent = [other for other, when in list(heard.items()) if time.monotonic() - when > limit]
+        if silent and not done.wait(1.0):  # the others' leaving comes a moment before one's own
             print(
-                f"tdm-r1: process {silent} of {len(hosts)}, on {hosts[silent]}, no longer answers: process {own} ends. "
-                "Start the run again with --resume",
+                f"tdm-r1: process {silent[0]} of {len(hosts)}, on {hosts[silent[0]]}, no longer answers; process "
+                f"{processes.rank()} ends. Start the run again with --resume",
                 file=sys.stderr,
                 flush=True,
             )
             os._exit(1)
-
-
-def _listen(store: dist.TCPStore, heard: dict[int, tuple[str, float]]) -> None:
-    """Notes when each process was heard last; of one that has left nothing more is expected."""
-    for other, (last, _) in list(heard.items()):
-        if store.check([f"left {other}"]):
-            del heard[other]
-            continue
-        beat = store.get(f"beat {other}").decode() if store.check([f"beat {other}"]) else ""
-        if beat != last:
-            heard[other] = (beat, time.monotonic())

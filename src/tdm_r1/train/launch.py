@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from ..config.run import RunConfig
 from ..core import processes
-from ..errors import UserError
+from ..errors import RAISED_ELSEWHERE, RAISED_HERE, UserError
 from ..models.roles import Roles
 from .heartbeat import heartbeat
 
@@ -31,10 +31,17 @@ def joined() -> Iterator[None]:
     gpu = torch.cuda.is_available()
     if gpu:
         torch.cuda.set_device(_local_gpu())
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=EXCHANGE_TIMEOUT)
+    store, rank, size = next(dist.rendezvous("env://", timeout=EXCHANGE_TIMEOUT))
+    attempt = dist.PrefixStore(f"attempt {_restarts()}", store)  # torchrun's store still has the addresses of the last
+    backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
+    dist.init_process_group(backend, store=attempt, rank=rank, world_size=size, timeout=EXCHANGE_TIMEOUT)
     try:
         with heartbeat():
             yield
+    except Exception as error:
+        if RAISED_ELSEWHERE not in getattr(error, "__notes__", ()):
+            error.add_note(RAISED_HERE)
+        raise
     finally:
         dist.destroy_process_group()
 
@@ -49,7 +56,11 @@ def _local_gpu() -> int:
 
 def restarted() -> bool:
     """Whether torchrun has started this process again after a failure."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return _restarts() > 0
+
+
+def _restarts() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def require_share(config: RunConfig) -> None:
