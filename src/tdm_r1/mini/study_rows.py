@@ -76,7 +76,7 @@ ROWS = (
         "tdm-direct",
         "TDM + direct RL loss (Fig. 4, 5)",
         "mini",
-        DIRECT,
+        DIRECT | {"dgpo.direct_weight": 16.0},
     ),
     Row(
         "dgpo-then-tdm", "DGPO teacher, then TDM (Fig. 9)", "mini", {"algorithm": "tdm"}, after=("dgpo-many", "teacher")
@@ -113,7 +113,7 @@ ROWS = (
     Row("one fake score", "one fake score for all points", "mini", {"tdm.fake_scores": "one"}, group="ablations"),
     # one choice at a time, from the authors' release
     *(
-        Row(f"release: {name}", what, "mini_release", {f"release.{key}": value}, group="release")
+        Row(f"release: {name}", what, "mini_release", {f"release.{key}": value}, group="release", budget=0.5)
         for name, what, key, value in (
             ("linear", "linear loss in place of the sigmoid", "loss", "linear"),
             ("beta 100", "beta of the paper", "beta", 100.0),
