@@ -54,8 +54,8 @@ def markdown(rows: list[dict]) -> str:
         "classes (tests/test_estimate.py) and an iteration at full size on a GPU ([gpu_iteration](gpu_iteration.md)).",
         f"Time takes the share of an H100's {GPU_FLOPS / 1e12:.0f} TFLOP/s in bfloat16 that was measured there, and "
         "leaves out rewards,",
-        "text encoders at work and evaluations. The trainer drives one GPU so far: the column for 8 says what sharing",
-        "the samples would give, communication not counted.",
+        "text encoders at work and evaluations. The column for 8 leaves out their exchanges",
+        "([scaling.md](scaling.md)).",
         "",
         "| recipe | samples | micro-batch | GiB on one GPU | PFLOP an iteration | s on 1 x 80 GB | s on 8 x 80 GB | "
         "iterations | hours on 1 |",

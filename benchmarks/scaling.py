@@ -1,7 +1,7 @@
 """Several processes: what two make of one's work here, and a model of the real recipes on 1, 8 and 64 GPUs.
 
-Run: ``python benchmarks/scaling.py`` (writes docs/results/scaling.json and .md). Needs no GPU and no hub. The first part
-takes about five minutes: the recipe `mini`, the same batch by one process and by two, in turn, one thread each.
+Run: ``python benchmarks/scaling.py`` (writes docs/results/scaling.json and .md). Needs no GPU and no hub. The first
+part takes about five minutes: the recipe `mini`, the same batch by one process and by two, in turn, one thread each.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 
 from rich.progress import track
@@ -58,7 +59,7 @@ def seconds(processes: int, folder: Path, name: str) -> float:
     subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
     rows = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
     times = [row["seconds"] for row in rows if "seconds/rollout" in row]
-    return round(statistics.median(b - a for a, b in zip(times, times[1:], strict=False)), 3)
+    return round(statistics.median(b - a for a, b in pairwise(times)), 3)
 
 
 # ------------------------------------------------------------------------------------------ modelled
@@ -66,9 +67,10 @@ def seconds(processes: int, folder: Path, name: str) -> float:
 
 def updates(config: RunConfig) -> dict[str, int]:
     """Updates of each trained role in an iteration."""
+    found: dict[str, int] = {Role.GENERATOR: 1}
     if config.algorithm == "tdm_r1_release":
-        return {Role.FAKE: 1, Role.SURROGATE: 1, Role.GENERATOR: 1}
-    found: dict[str, int] = {Role.GENERATOR: 1} | dict.fromkeys(fake_roles(config.tdm), config.tdm.fake_steps)
+        return found | {Role.FAKE: 1, Role.SURROGATE: 1}
+    found |= dict.fromkeys(fake_roles(config.tdm), config.tdm.fake_steps)
     return found | ({Role.SURROGATE: config.surrogate.draws} if config.algorithm == "tdm_r1" else {})
 
 
@@ -79,10 +81,7 @@ def communication(config: RunConfig, found: Estimate, gpus: int) -> float:
     speed = INSIDE_A_NODE if gpus <= PER_NODE else BETWEEN_NODES
     share, changed = (gpus - 1) / gpus, updates(config)
     gradients = found.held["gradients"]  # of the largest role, or of all where they wait for one update
-    if config.algorithm == "tdm_r1_release":
-        total = gradients
-    else:
-        total = gradients * sum(changed.values())
+    total = gradients * (1 if config.algorithm == "tdm_r1_release" else sum(changed.values()))
     moved = 2 * share * total + share * found.held["prompts and trajectories"]
     return moved / speed + LATENCY * 2 * (sum(changed.values()) + 2)
 

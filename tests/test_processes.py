@@ -128,6 +128,32 @@ def test_torchrun_starts_a_run_again_from_its_last_checkpoint(tmp_path: Path):
 
 
 @pytest.mark.slow
+def test_two_machines_make_one_run(tmp_path: Path):
+    """Two launchers on this machine, by the script of docs/scaling.md."""
+    script = str(TESTS.parent / "docs" / "multi_node.sh")
+    found = os.environ | {
+        "NODES": "2",
+        "HOST": "localhost",
+        "PORT": str(_free_port()),
+        "GPUS": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    found["PATH"] = f"{Path(sys.executable).parent}:{found['PATH']}"
+    command = ["sh", script, "mini", *SMALL, "--iterations=1", "--name=run"]
+    folders = [tmp_path / name for name in ("first", "second")]
+    for folder in folders:
+        folder.mkdir()
+    machines = [subprocess.Popen(command, env=found, cwd=folder) for folder in folders]
+    try:
+        assert [machine.wait(timeout=LIMIT) for machine in machines] == [0, 0]
+    finally:
+        for machine in machines:
+            machine.kill()
+    written = [(folder / "run" / "lora").is_dir() for folder in folders]
+    assert sorted(written) == [False, True]  # either may have become the first
+
+
+@pytest.mark.slow
 def test_what_one_process_raises_ends_all_and_is_told_once(tmp_path: Path):
     (tmp_path / "wrong.py").write_text(
         "import os\n"
@@ -143,11 +169,11 @@ def test_what_one_process_raises_ends_all_and_is_told_once(tmp_path: Path):
     assert told == ["tdm-r1, process 1: the licence has expired"]
 
 
-def test_a_setting_that_is_wrong_is_told_once(tmp_path: Path):
-    done = launch(2, *train("--name=run", "--batch.group=0"), folder=tmp_path)
-    told = [line for line in done.stderr.splitlines() if line.startswith("tdm-r1")]
-    assert len(told) == 1
-    assert "batch.group = 0" in told[0]
+@pytest.mark.parametrize(("setting", "told"), [("--batch.group=0", "config.batch"), ("--iterations=-1", "iterations")])
+def test_a_setting_that_is_wrong_is_told_once(setting: str, told: str, tmp_path: Path):
+    done = launch(2, *train("--name=run", setting), folder=tmp_path)
+    assert done.returncode == 1
+    assert (done.stdout + done.stderr).count(told) == 1
 
 
 @pytest.mark.parametrize("frozen", [0, 1])

@@ -21,6 +21,8 @@ from .settings import AlgorithmSettings
 class Batch:
     """One iteration's input. Samples of one prompt (a group) are consecutive.
 
+    Several processes of a run all have the whole batch; `rollout.Rollout.micro_batches` yields a process's share.
+
     Args:
         conditioning: of B = P * G samples.
         x_1: their noise, [B, C, H, W].

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from importlib import import_module
 
 from ..errors import RAISED_ELSEWHERE, RAISED_HERE, UserError
@@ -27,6 +28,9 @@ COMMANDS = {  # name: (module, what help says of it)
 }
 
 
+GRACE = 2.0  # seconds that a process leaves to the one that tells of their error: a launcher ends all at the first end
+
+
 def main(argv: list[str] | None = None) -> int:
     """The entry point. Errors that a user can mend are one line on stderr and exit code 2."""
     args = list(sys.argv[1:] if argv is None else argv)
@@ -41,7 +45,13 @@ def main(argv: list[str] | None = None) -> int:
     except (UserError, ValueError, FloatingPointError, OSError) as error:
         if who := _teller(error):
             print(f"{who}: {_one_line(error)}", file=sys.stderr)
+        else:
+            time.sleep(GRACE)
         return 2
+    except SystemExit as end:  # of tyro, at arguments that are wrong
+        if end.code and os.environ.get("RANK", "0") != "0":
+            time.sleep(GRACE)
+        raise
     except KeyboardInterrupt:
         print("tdm-r1: interrupted", file=sys.stderr)
         return 130

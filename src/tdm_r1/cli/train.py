@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gc
+import io
+import os
 from collections.abc import Callable
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated
@@ -33,7 +36,7 @@ def main(args: list[str], *, prog: str = "train") -> int:
     if not args or args[0] in ("-h", "--help"):
         print(f"usage: tdm-r1 {prog} RECIPE [--help] [overrides]\n\nrecipes: {', '.join(recipe_names())}")
         return 0 if args else 2
-    parse = partial(tyro.cli, Train, args=args[1:], prog=f"tdm-r1 {prog} {args[0]}")
+    parse = partial(_parse, args[1:], f"tdm-r1 {prog} {args[0]}")
     command = parse(default=Train(load_recipe(args[0])))
     if command.start_from is not None and not command.resume:
         raise UserError(f"--from = {command.start_from}: works only together with --resume; add --resume")
@@ -48,6 +51,17 @@ def main(args: list[str], *, prog: str = "train") -> int:
 
     train(command.config, resume=command.resume, start_from=command.start_from)
     return 0
+
+
+def _is_first() -> bool:
+    """Whether this is the one of the processes of a run that speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _parse(args: list[str], prog: str, default: Train) -> Train:
+    """The command that the arguments make of ``default``; what is wrong with them is said once."""
+    with nullcontext() if _is_first() else redirect_stderr(io.StringIO()):
+        return tyro.cli(Train, args=args, prog=prog, default=default)
 
 
 def _show(config: RunConfig) -> None:
@@ -70,6 +84,6 @@ def _resumed(command: Train, parse: Callable[..., Train]) -> Train:
     command = parse(default=Train(own))
     made_by_the_run = ("model.student_lora", "model.fake_lora") if asked.distill_with else ()
     for name, recipes, kept in differences(asked, command.config):
-        if name not in made_by_the_run:
+        if name not in made_by_the_run and _is_first():
             print(f"{asked.folder} keeps its own {name} = {kept!r} (the recipe's is {recipes!r})")
     return command

@@ -120,7 +120,7 @@ def describe(found: Estimate) -> str:
     lines += [
         f"one iteration: {petaflops:.1f} PFLOP ({shares});",
         f"  at {100 * found.utilisation:.0f} % of an H100's peak {found.seconds():.0f} s on 1 GPU, "
-        f"{found.seconds(8):.0f} s if 8 GPUs shared the samples (the trainer uses one);",
+        f"{found.seconds(8):.0f} s on 8 (without their exchanges);",
         "  rewards, text encoders and evaluations not counted",
     ]
     return "\n".join(lines)

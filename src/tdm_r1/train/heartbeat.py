@@ -19,7 +19,7 @@ from ..core import processes
 
 INTERVAL = 2.0  # seconds between two beats
 LIMIT = 25.0  # seconds without one, after which a process is given up; torchrun then takes 30 to end a frozen one
-LEAVING = 10.0  # seconds that the first process waits for the others at the end
+LEAVING = 20.0  # seconds that a process waits for the others at its end: the first may have a checkpoint to write
 
 
 @contextmanager
@@ -39,9 +39,8 @@ def heartbeat(*, interval: float = INTERVAL, limit: float = LIMIT) -> Iterator[N
     finally:
         done.set()
         with suppress(dist.DistError):  # who has gone before is no matter now
-            store.set(f"left {rank}", "")
-            if rank == 0 and sys.exception() is None:  # the store goes with this process
-                store.wait([f"left {other}" for other in range(1, len(hosts))], timedelta(seconds=LEAVING))
+            store.set(f"left {rank}", "")  # all leave together: the launcher ends the others when one has failed
+            store.wait([f"left {other}" for other in range(len(hosts))], timedelta(seconds=LEAVING))
 
 
 def _store() -> dist.TCPStore:
