@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -167,13 +168,14 @@ def gradients(found: Experiment, role: Role) -> dict[str, Tensor]:
     return {n: p.detach().clone() for n, p in found.roles.weights(role).items()}
 
 
-def with_sgd(found: Experiment) -> Experiment:
+def with_sgd(found: Any, rate: float = 1.0) -> Any:
+    """An experiment, or a run, whose every update is one step along its gradient."""
     algorithm = found.algorithm
     optimizers = [*(algorithm.tdm if isinstance(algorithm, TDMR1) else algorithm).optimizers.values()]
     if isinstance(algorithm, TDMR1):
         optimizers.append(algorithm.surrogate.optimizer)
     for optimizer in optimizers:
         optimizer.config = optimizer.config.model_copy(update={"max_grad_norm": 1e9})
-        optimizer.adamw = torch.optim.SGD(optimizer.parameters, lr=1.0)
+        optimizer.adamw = torch.optim.SGD(optimizer.parameters, lr=rate)
         optimizer.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer.adamw, lambda done: 1.0)
     return found

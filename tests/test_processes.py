@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+import sharded_world
 from processes_world import CASES, trained
 
 TESTS = Path(__file__).parent
@@ -54,6 +56,30 @@ def test_processes_make_the_update_of_one(case: str, results: Path, alone: dict)
     assert found["metrics"].keys() == metrics.keys()
     for name, value in metrics.items():
         assert found["metrics"][name] == pytest.approx(value, rel=1e-3, abs=1e-5, nan_ok=True), name
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes have computed with frozen transformers that are spread over them."""
+    folder = tmp_path_factory.mktemp("sharded")
+    sharded_world.make(folder)
+    done = launch(2, str(TESTS / "sharded_world.py"), str(folder))
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", sharded_world.CASES)
+def test_a_transformer_spread_over_processes_gives_the_update_of_a_whole_one(case: str, sharded: Path):
+    weights = sharded_world.trained(case, sharded, shard=False)
+    found = load_file(sharded / f"{case}.safetensors")
+    assert found.keys() == weights.keys()
+    (one, every), (two, _) = found.pop("kept").tolist()
+    assert weights.pop("kept").tolist() == [every, every]
+    assert one + two == every
+    assert max(one, two) < 0.65 * every
+    for name, p in weights.items():
+        torch.testing.assert_close(found[name], p, atol=1e-5, rtol=1e-5)
 
 
 SMALL = (

@@ -61,7 +61,8 @@ class FlowGRPO(Policy):
         x, text, likelihoods = x_1[own], text.rows(own), []
         points = [x]
         with self.roles.use(Role.GENERATOR) as velocity:
-            v = in_parts(guided(velocity, self.empty, self.sampler.guidance), self.micro_batch)
+            field = guided(velocity, self.empty, self.sampler.guidance)
+            v = in_parts(field, self.micro_batch, most=processes.most(n))
             for k in range(self.sampler.steps):
                 u, eps = v(x, self.time(k, x), text), Normal.drawn(noise, x.shape[1:])[own].to(x)
                 if k == self.sampler.steps - 1:  # not trained: without noise, which few steps would leave in the image

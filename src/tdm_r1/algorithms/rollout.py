@@ -52,10 +52,12 @@ class Rollout:
 
 
 def micro_batches(rows: Tensor, size: int, *, group: int = 1) -> Iterator[Tensor]:
-    """This process's share of ``rows`` [N], at most ``size`` at a time, see `Rollout.micro_batches`."""
-    own = processes.mine(rows, group)
-    if len(own):
-        yield from own.split(size // group * group)
+    """This process's share of ``rows`` [N], at most ``size`` at a time, see `Rollout.micro_batches`.
+
+    Every process gets as many micro-batches; the last may be empty (`core.processes.in_step`).
+    """
+    own, size = processes.mine(rows, group), size // group * group
+    yield from processes.in_step(own.split(size) if len(own) else [], processes.most(len(rows), group), size)
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,8 @@ def roll_out(
     noises = [Normal.drawn(noise, x_1.shape[1:]) for _ in range(sampler.steps)] if noise else []
 
     with roles.use(role) as velocity:
-        v = in_parts(guided(velocity, empty, sampler.guidance) if empty else velocity, micro_batch)
+        field = guided(velocity, empty, sampler.guidance) if empty else velocity
+        v = in_parts(field, micro_batch, most=processes.most(len(x_1)))
         walked = solvers.sample(
             lambda x, t: v(x, t, c), start, grid, solver=sampler.solver, noise=lambda step: noises[step][own]
         )

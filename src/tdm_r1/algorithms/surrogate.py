@@ -66,8 +66,7 @@ class Surrogate:
                 )
                 (loss.sum() / n).backward()
             sums.add("surrogate/loss", loss.sum(), 1 / n)
-            gap = (v_phi.detach() - v_ref).square().mean()
-            sums.add("surrogate/distance_from_reference", gap, len(part) / n)
+            sums.add("surrogate/distance_from_reference", losses.squared_error(v_phi, v_ref).sum(), 1 / n)
         return sums.read()
 
     def _fit_preference(self, rollout: Rollout, advantage: Tensor, draw: Draw, rows: Tensor) -> dict[str, float]:
@@ -103,7 +102,8 @@ class Surrogate:
     def _measure_loss(self, metrics: Sums, sums: Tensor, of: int) -> None:
         beta = self.config.beta
         metrics.add("surrogate/loss", losses.group_preference(sums, beta=beta).sum(), 1 / of)
-        metrics.add("surrogate/saturation", losses.saturation(beta * sums), len(sums) / of)
+        if len(sums):
+            metrics.add("surrogate/saturation", losses.saturation(beta * sums), len(sums) / of)
 
     def _whole_groups(self, rows: Tensor, group: Tensor, used: Tensor) -> list[Tensor] | None:
         """This process's share of ``rows`` in parts that split no group; None if that cannot be, or leaves one idle."""
@@ -113,7 +113,8 @@ class Surrogate:
         if len(used) < processes.count():
             return None
         own = rows[torch.isin(group[rows], processes.mine(used))]
-        return whole_groups(own, group[own], self.micro_batch)
+        parts = whole_groups(own, group[own], self.micro_batch) or []
+        return processes.in_step(parts, max(processes.gather_each(len(parts))), 1)
 
     @torch.no_grad()  # the value inside each group's sigmoid
     def _sums_of_groups(
@@ -185,12 +186,10 @@ class Surrogate:
             return {}
         draw, own, sums = self.draw(rollout, noise, self.group_size), processes.mine(rows), Sums()
         parts = [self._implicit_reward(rollout, draw, some) for some in micro_batches(rows, self.micro_batch)]
-        implicit = processes.gather(torch.cat(parts) if parts else advantage[:0], len(rows))
-        if len(own):
-            here = draw.rows(own)
-            direction = in_parts(part, self.micro_batch)
-            cosines = self.probe.cosines(here.x_t, here.t, rollout.conditioning.rows(own), direction)
-            sums.add("surrogate/direction_cosine", cosines.sum(), 1 / len(rows))
+        implicit = processes.gather(torch.cat(parts), len(rows))
+        here, direction = draw.rows(own), in_parts(part, self.micro_batch, most=processes.most(len(rows)))
+        cosines = self.probe.cosines(here.x_t, here.t, rollout.conditioning.rows(own), direction)
+        sums.add("surrogate/direction_cosine", cosines.sum(), 1 / len(rows))
         accuracy = preference_accuracy(implicit, advantage, self.group_size)
         return {"surrogate/preference_accuracy": accuracy} | sums.read()
 

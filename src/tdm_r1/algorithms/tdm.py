@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..core import flow, losses, solvers
+from ..core import flow, losses, processes, solvers
 from ..core.randomness import Normal
 from ..models.protocol import Conditioning, guided
 from ..models.roles import Roles
@@ -121,15 +121,14 @@ class TDM(Algorithm):
                     kl, x0_teacher = self.matching_direction(x_t, t[rows], c, i)
                     reward = torch.zeros_like(kl)
                     own = (rows < rewarded).nonzero()[:, 0]
-                    if reward_part and len(own):
+                    if reward_part and (len(own) or processes.count() > 1):
                         reward[own] = reward_part(x_t[own], t[rows][own], c.rows(own))
                     norm = losses.magnitude(x0, x0_teacher, floor=self.config.normalizer_floor)
                     direction = (kl + reward) / flow.expand(norm, kl)
                 (losses.follow(x0, direction).sum() / n).backward()
-            share = len(rows) / n
             if not rewarded:
-                sums.add("generator/kl_part", (kl.abs().flatten(1).mean(1) / norm).mean(), share)
-            sums.add("generator/normalizer", norm.mean(), share)
+                sums.add("generator/kl_part", (kl.abs().flatten(1).mean(1) / norm).sum(), 1 / n)
+            sums.add("generator/normalizer", norm.sum(), 1 / n)
             if len(own):
                 size, kl_size = (part[own].abs().flatten(1).mean(1) / norm[own] for part in (reward, kl))
                 cosine = nn.functional.cosine_similarity(kl[own].flatten(1), reward[own].flatten(1))
@@ -163,7 +162,7 @@ class TDM(Algorithm):
         v = torch.empty_like(x_t)
         for fake, of in ((Role.FAKE, ~final), (Role.FAKE_FINAL, final)):
             rows = of.nonzero()[:, 0]
-            if len(rows):
+            if len(rows) or processes.count() > 1:  # all of them compute, or none
                 with self.roles.use(fake) as velocity:
                     v[rows] = velocity(x_t[rows], t[rows], c.rows(rows))
         return v

@@ -122,8 +122,7 @@ class TDMR1Release(Algorithm):
             implicit.append(measured.pop("implicit_reward"))
             for name, value in measured.items():
                 sums.add(f"surrogate/{name}", value.sum(), 1 / n)
-        own = torch.cat(implicit) if implicit else advantage[:0]
-        accuracy = preference_accuracy(processes.gather(own, n, self.group), advantage, self.group)
+        accuracy = preference_accuracy(processes.gather(torch.cat(implicit), n, self.group), advantage, self.group)
         return sums.read() | {"surrogate/preference_accuracy": accuracy}
 
     def surrogate_terms(
@@ -169,12 +168,12 @@ class TDMR1Release(Algorithm):
                 reward, own_norm = self.reward_part(clean[rows], for_reward.rows(rows), text)
                 reward = reward / (own_norm if c.normalizer == "each" else norm)
                 direction = direction + reward
-                sums.add("generator/reward_part", reward.abs().mean(), len(rows) / n)
+                sums.add("generator/reward_part", reward.abs().flatten(1).mean(1).sum(), 1 / n)
             with self.roles.use(Role.GENERATOR) as velocity:  # only the step k+1 -> k, from the stored x_{t_{k+1}}
                 x, t = rollout.trajectory.rows(rows).at(i), rollout.trajectory.time(i)
                 x0 = flow.x0_from_v(velocity(x, t, text), x, t)
                 (losses.follow(x0, direction).sum() / (n * c.trained_steps)).backward()
-            sums.add("generator/kl_part", (kl / norm).abs().mean(), len(rows) / n)
+            sums.add("generator/kl_part", (kl / norm).abs().flatten(1).mean(1).sum(), 1 / n)
         return sums.read()
 
     @torch.no_grad()  # the direction of Eq. 2 and 11 is a stop-gradient

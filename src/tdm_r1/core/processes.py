@@ -37,6 +37,23 @@ def mine(rows: Tensor, unit: int = 1) -> Tensor:
     return rows.reshape(-1, unit).tensor_split(count())[rank()].flatten()
 
 
+def most(rows: int, unit: int = 1) -> int:
+    """The rows of the largest share."""
+    return -(-rows // unit // count()) * unit
+
+
+def in_step(parts: Sequence[Tensor], rows: int, size: int) -> list[Tensor]:
+    """The parts of a share, and empty ones, so that every process has as many: a model whose weights are spread over
+    the processes computes in all of them or in none.
+
+    Args:
+        parts: of at most ``size`` rows.
+        rows: of the largest share.
+    """
+    rounds = -(-rows // size)
+    return [*parts, *(torch.arange(0) for _ in range(rounds - len(parts)))]
+
+
 def gather(own: Tensor, total: int, unit: int = 1) -> Tensor:
     """What the processes have computed for their shares (`mine`) of ``total`` rows, in order: [total, ...]."""
     if count() == 1:

@@ -69,26 +69,30 @@ def generate(
     batch: int,
     seed: int,
     numbers: Sequence[int] | None = None,
+    most: int | None = None,
 ) -> np.ndarray:
     """Images, uint8 [B, H, W, 3], of B prompts from noise ``x_1`` [B, C, h, w], ``batch`` at a time.
 
     Args:
         seed, numbers: the stochastic solver's noise depends on these alone: the seed, and each image's number; their
             order if None.
+        most: images of the process that samples most; B if None.
     """
     numbers = range(len(x_1)) if numbers is None else numbers
     grid = flow.few_step_grid(sampling.steps, sampling.shift)
     chunks = []
-    for start in range(0, len(x_1), batch):
-        c = embed(prompts[start : start + batch])
-        x = x_1[start : start + batch].to(c.device)
+    for part in processes.in_step(torch.arange(len(x_1)).split(batch), most or len(x_1), batch):
+        rows = part.tolist()
+        c = embed([prompts[i] for i in rows] or [""]).rows(torch.arange(len(rows)))
+        x = x_1[part].to(c.device)
         with roles.use(sampling.role) as velocity:
             field_of = guided(velocity, embed([""]), sampling.guidance)
-            noise = SolverNoise(seed, numbers[start : start + batch], backbone.latent_shape)
+            noise = SolverNoise(seed, [numbers[i] for i in rows], backbone.latent_shape)
             final = solvers.sample(
                 partial(_of_prompts, field_of, c), x, grid, solver=sampling.solver, noise=noise
             ).final
-        chunks.append(backbone.decode(final))
+        if rows:
+            chunks.append(backbone.decode(final))
     return np.concatenate(chunks)
 
 
@@ -154,6 +158,7 @@ class Evaluator:
             batch=self.batch,
             seed=self.seed,
             numbers=own.tolist(),
+            most=processes.most(len(prompts)),
         )
         return processes.gather(torch.from_numpy(images), len(prompts)).numpy()
 

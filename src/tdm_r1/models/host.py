@@ -12,7 +12,7 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..core import flow
+from ..core import flow, processes
 
 Acting = tuple[tuple[str, float], ...]
 """Adapters that act at once, each with its strength."""
@@ -42,6 +42,7 @@ class Host:
         self.names = list(adapted)
         self.layers: list[Any] = list(adapted.values())
         self.base = [layer.base_layer.weight.data for layer in self.layers]
+        self.sharded = False  # the base's weights then change hands in FSDP alone
         self._trained: dict[str, list[nn.Parameter]] = {}
         self._frozen: list[nn.Parameter] = []
         self._acting: Acting | None = None
@@ -57,10 +58,25 @@ class Host:
         for p in weights:
             p.requires_grad_(trained)
 
+    def shard(self) -> None:
+        """Spreads the base weights over the processes of the run (FSDP2): each keeps a share of every block's and
+        gathers them where the block computes. The adapters stay whole."""
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        adapters = {p for n, p in self.transformer.named_parameters() if ".lora_" in n}
+        mesh = init_device_mesh(next(iter(adapters)).device.type, (processes.count(),))
+        kinds: Any = self.transformer._no_split_modules
+        blocks = [module for module in self.transformer.modules() if type(module).__name__ in kinds]
+        for module in [*blocks, self.transformer]:
+            fully_shard(module, mesh=mesh, ignored_params=adapters)
+        self.base, self.sharded = [], True
+
     @contextmanager
     def acting_as(self, acting: Acting, base: Sequence[Tensor]) -> Iterator[object]:
         """Lets adapters act on ``base`` weights; restores what acted before. Yields a token for `is_acting_as`."""
-        before = self._acting, [layer.base_layer.weight.data for layer in self.layers], self._in_use
+        here = [] if self.sharded else [layer.base_layer.weight.data for layer in self.layers]
+        before = self._acting, here, self._in_use
         token = object()
         self.activate(acting)
         self._set_base(base)
@@ -97,7 +113,7 @@ class Host:
             p.requires_grad_(False)
 
     def _set_base(self, base: Sequence[Tensor]) -> None:
-        for layer, weight in zip(self.layers, base, strict=True):
+        for layer, weight in zip([] if self.sharded else self.layers, base, strict=True):
             layer.base_layer.weight.data = weight
 
     def deltas(self, adapter: str) -> list[Tensor]:

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from peft import LoraConfig
 from torch import Tensor, nn
 
+from ..core import processes
+
 
 @dataclass(frozen=True)
 class Conditioning:
@@ -52,14 +54,19 @@ class Conditioning:
         """A single sample's conditioning for ``n`` samples, without copying."""
         return Conditioning(self.tensors, self.index.expand(n))
 
+    def first_prompt(self) -> Conditioning:
+        """One sample with the first prompt, whether or not any sample has it."""
+        return Conditioning(self.tensors, torch.zeros(1, dtype=torch.int64))
+
     def to(self, device: torch.device | str) -> Conditioning:
         """The same on ``device``; integers stay."""
         moved = {name: t.to(device) if t.is_floating_point() else t for name, t in self.tensors.items()}
         return Conditioning(moved, self.index)
 
     def compact(self) -> Conditioning:
-        """The same with no prompt that no sample has."""
+        """The same with no prompt that no sample has; one stays where there are no samples."""
         used, index = self.index.unique(return_inverse=True)
+        used = used if len(used) else torch.zeros(1, dtype=torch.int64)
         if len(used) == len(next(iter(self.tensors.values()))):
             return self
         return Conditioning({name: t[used] for name, t in self.tensors.items()}, index)
@@ -103,13 +110,17 @@ class Backbone(Protocol):
         """Writes an adapter's weights for diffusers; returns the file."""
 
 
-def in_parts(velocity: Velocity, size: int) -> Velocity:
-    """The same on at most ``size`` samples at a time: passes without gradient are bounded as those with one are."""
+def in_parts(velocity: Velocity, size: int, *, most: int | None = None) -> Velocity:
+    """The same on at most ``size`` samples at a time: passes without gradient are bounded as those with one are.
+
+    Args:
+        most: samples of the process that has most; its own if None.
+    """
 
     def joined(x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        if len(x_t) <= size:
+        if max(most or 0, len(x_t)) <= size:
             return velocity(x_t, t, conditioning)
-        parts = torch.arange(len(x_t)).split(size)
+        parts = processes.in_step(torch.arange(len(x_t)).split(size), most or len(x_t), size)
         return torch.cat([velocity(x_t[rows], t[rows], conditioning.rows(rows)) for rows in parts])
 
     return joined

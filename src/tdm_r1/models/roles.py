@@ -78,7 +78,7 @@ class Roles:
                     raise RuntimeError(
                         f"the velocity of role {name} is called where its transformer acts as another role"
                     )
-                return field(x_t, t, c)
+                return field(x_t, t, c) if len(x_t) else _idle(field, x_t, c)
 
             yield velocity
 
@@ -93,6 +93,16 @@ class Roles:
             yield
         finally:
             torch.set_float32_matmul_precision(before)
+
+    def shard(self) -> None:
+        """Spreads the frozen transformers over the processes of the run; adapters stay whole in each of them.
+
+        Raises ValueError where roles have full weights or merged copies.
+        """
+        if self.merge or any(role.adapter is None and role.owned for role in self._members.values()):
+            raise ValueError("model.shard = True: needs adapters that are not merged; set model.merge to false")
+        for host in {id(role.host): role.host for role in self._members.values()}.values():
+            host.shard()
 
     # -------------------------------------------------------------------------------------- added deltas, merged copies
 
@@ -229,3 +239,10 @@ class Roles:
         averages = [p for p, _ in pairs]
         get_ema_multi_avg_fn(decay)(averages, [q for _, q in pairs], 0)
         torch.autograd.graph.increment_version(averages)  # on a GPU that kernel does not
+
+
+def _idle(field: Velocity, x_t: Tensor, c: Conditioning) -> Tensor:
+    """The velocity of no samples, computed all the same: where a transformer's weights are spread over the processes,
+    each of them takes part in every pass and every backward."""
+    one = x_t.new_zeros(1, *x_t.shape[1:])
+    return field(one, one.new_full((1,), 0.5), c.first_prompt())[:0]

@@ -74,6 +74,11 @@ class ModelConfig(Settings):
         description="lora: every role is an adapter on one backbone. full: every role is a copy of it.",
         json_schema_extra=SHAPES_CHECKPOINT,
     )
+    shard: bool = Field(
+        False,
+        description="Spread the frozen transformers over the processes of the run (FSDP2), for a model that is too "
+        "large for one GPU; adapters stay whole in each.",
+    )
     merge: bool = Field(
         False,
         description="Run roles that need no gradient as merged copies: faster for small models, costs memory; in "
@@ -108,6 +113,11 @@ def check_model(m: ModelConfig) -> None:
                 f"{name} = {value!r} with model.roles = full: a LoRA starts adapters alone; merge it into the model at "
                 f"model.path and set {name} to null"
             )
+    if m.shard and (m.merge or m.roles == "full"):
+        raise ValueError(
+            "model.shard = True: it spreads the weights under adapters that are not merged; set model.merge to false "
+            "and model.roles to lora"
+        )
     if m.merge and m.dtype != "float32":
         raise ValueError(
             f"model.merge = True with model.dtype = {m.dtype}: small changes to merged weights are lost in {m.dtype}; "

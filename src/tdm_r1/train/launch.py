@@ -66,6 +66,8 @@ def _restarts() -> int:
 def require_share(config: RunConfig) -> None:
     """Raises UserError if the processes are too many to give each of them a sample, or a device is named for all."""
     n, b, e = processes.count(), config.batch, config.evaluation
+    if n == 1 and config.model.shard:
+        raise UserError("model.shard = True in one process: start several (docs/scaling.md), or set it to false")
     if n == 1:
         return
     samples = {

@@ -61,6 +61,8 @@ class Run:
         self.backbone, teacher = load_backbones(config.model)
         self.roles = build_roles(config, self.backbone, teacher)
         load_starts(config, self.roles)
+        if config.model.shard:
+            self.roles.shard()
         self.embed = Embedder(self.backbone)
         self.algorithm = algorithm_of(config)(self.roles, self.embed([""]), config)
         b = config.batch

@@ -1,0 +1,84 @@
+"""What processes compute whose frozen transformer is spread over them; `test_processes` compares it with one process.
+
+python -m torch.distributed.run --standalone --nproc-per-node 2 tests/sharded_world.py FOLDER
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+import tiny_models
+from mixture_world import with_sgd
+from tdm_r1.config.run import RunConfig, validate
+from tdm_r1.core import processes
+from tdm_r1.train.launch import joined
+from tdm_r1.train.run import Run
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {  # the model's class, and settings
+    "sd3": ("sd3", {}),
+    "z_image": ("z_image", {}),
+    "checkpointing": ("sd3", {"model": {"gradient_checkpointing": True}}),
+    "another teacher": ("sd3", {"model": {"teacher": "teacher"}}),
+    "release": ("sd3", {"algorithm": "tdm_r1_release"}),
+}
+
+
+def config_of(case: str, folder: Path, *, shard: bool) -> RunConfig:
+    kind, more = CASES[case]
+    model = {"path": str(folder / kind), "resolution": 16, "lora": {"rank": 2}, "shard": shard} | more.get("model", {})
+    if "teacher" in model:
+        model["teacher"] = str(folder / "teacher")
+    return validate(
+        {
+            "iterations": 2,
+            "model": model,
+            "batch": {"prompts": 3, "group": 3, "micro_batch": 3},
+            "tdm": {"teacher_guidance": 2.0},
+            "surrogate": {"draws": 2},
+            "reward": "jpeg_compressibility",
+            "evaluation": {"prompts": 3},
+            "output": str(folder),
+        }
+        | {name: value for name, value in more.items() if name != "model"}
+    )
+
+
+def make(folder: Path) -> None:
+    """The models' folders."""
+    tiny_models.sd3(folder / "sd3", dual=True)
+    tiny_models.sd3(folder / "teacher", dual=True, seed=1)
+    tiny_models.z_image(folder / "z_image")
+
+
+def trained(case: str, folder: Path, *, shard: bool) -> dict[str, Tensor]:
+    """Weights of all roles after an iteration, and what this process keeps of the frozen transformer."""
+    run = Run(config_of(case, folder, shard=shard))
+    with_sgd(run, 0.02)  # AdamW would make steps of full size of what is rounding
+    run.step()
+    weights = {f"{s.name}/{n}": p.detach() for s in run.roles.specs for n, p in run.roles.weights(s.name).items()}
+    frozen = [p for n, p in run.backbone.transformer.named_parameters() if ".lora_" not in n]
+    assert all(isinstance(p, DTensor) for p in frozen) is shard
+    kept = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in frozen)
+    return weights | {"kept": torch.tensor([kept, sum(p.numel() for p in frozen)])}
+
+
+def main(folder: Path) -> None:
+    with joined():
+        for case in CASES:
+            weights = trained(case, folder, shard=True)
+            for other in processes.gather_each(weights):
+                assert all(torch.equal(other[name], p) for name, p in weights.items() if name != "kept"), case
+            weights["kept"] = torch.stack(processes.gather_each(weights["kept"]))
+            if processes.rank() == 0:
+                save_file({n: p.contiguous().clone() for n, p in weights.items()}, folder / f"{case}.safetensors")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
