@@ -6,7 +6,7 @@ Unknown keys fail, and so do settings that contradict each other.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
@@ -37,6 +37,18 @@ class EvalConfig(Settings):
     grid_prompts: int = Field(12, ge=0, description="Images in the sample grid.")
     also: tuple[str, ...] = Field(
         (), description="Other tasks whose metrics are reported as task/metric: what training on one does to another."
+    )
+
+    alarm_at: float = Field(
+        3.0,
+        gt=0,
+        description="Multiples of its noise by which a held-out metric may get worse than at the start before it "
+        "raises an alarm (docs/rewards.md); default: ours.",
+    )
+    on_alarm: Literal["warn", "stop", "back"] = Field(
+        "warn",
+        description="At an alarm: say so; end the run too; or end it and export the last evaluated checkpoint before "
+        "the first alarm.",
     )
 
     @field_validator("also")

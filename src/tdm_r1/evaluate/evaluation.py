@@ -13,13 +13,16 @@ import torch
 from torch import Tensor
 
 from ..core import flow, processes, solvers
-from ..core.randomness import torch_rng
+from ..core.randomness import numpy_rng, torch_rng
 from ..models.embedder import Embedder
 from ..models.protocol import Backbone, Conditioning, Velocity, guided
 from ..models.roles import Roles
 from ..rewards.scorer import Scorer
 from ..rewards.scores import Scores, joined
 from ..tasks.protocol import Prompt, Task
+from .measures import DIRECTION, measure
+
+HALVES = 8
 
 
 @dataclass(frozen=True)
@@ -173,8 +176,33 @@ class Evaluator:
         return joined(processes.gather_each(processes.together(score)))
 
     def _held_out(self, task: Task, images: np.ndarray, prompts: list[Prompt]) -> dict[str, float]:
-        """A task's metrics; the first process measures them for all."""
-        return processes.by_first(lambda: task.metrics(images, prompts, self.images_per_prompt))
+        """A task's metrics, and measures of any pictures; the first process measures them for all."""
+
+        def measured() -> dict[str, float]:
+            n = self.images_per_prompt
+            return {**task.metrics(images, prompts, n), **(measure(images, n) if task is self.task else {})}
+
+        return processes.by_first(measured)
+
+    @property
+    def directions(self) -> dict[str, str]:
+        """Which way each metric is better, of those that say so."""
+        found = {**getattr(self.task, "directions", {}), **DIRECTION}
+        for name, task in self.also.items():
+            found |= {f"{name}/{metric}": way for metric, way in getattr(task, "directions", {}).items()}
+        return found
+
+    def noise(self, evaluation: Evaluation) -> dict[str, float]:
+        """How far metrics vary over prompts: their deviation over random halves of the prompts, which is about that of
+        a mean over all of them. Other tasks' metrics have the noise of this one's of the same name."""
+        n, count = self.images_per_prompt, len(evaluation.prompts) // self.images_per_prompt
+        rng = numpy_rng(self.seed, 0, "halves of the prompts")
+        found = []
+        for _ in range(HALVES if count > 1 else 0):
+            rows = (np.sort(rng.permutation(count)[: count // 2])[:, None] * n + np.arange(n)).ravel()
+            found.append(self._held_out(self.task, evaluation.images[rows], [evaluation.prompts[i] for i in rows]))
+        own = {k: float(np.std([row[k] for row in found if k in row], ddof=1)) for k in (found[0] if found else ())}
+        return {k: own[k.partition("/")[2]] for k in self.directions if k.partition("/")[2] in own} | own
 
     def __call__(self, sampling: Sampling) -> Evaluation:
         self.embed.learn(["", *(p.text for p in self.prompts)])  # not part of the seconds that follow

@@ -44,6 +44,7 @@ class MiniTask:
     """
 
     known: Sequence[Prompt] = ()
+    directions = DIRECTION
 
     def __init__(self, task_weights: dict[str, float] | None = None) -> None:
         weights = task_weights or dict.fromkeys(TASKS, 1.0)
@@ -119,6 +120,7 @@ class SignTask:
     """Signs that say a number, every number equally often. The reward is an OCR; these metrics do not use it."""
 
     known: Sequence[Prompt] = ()
+    directions = DIRECTION
 
     def train_prompts(self, n: int, rng: np.random.Generator) -> list[Prompt]:
         return [_prompt(signs.make_spec(signs.TASK, rng)) for _ in range(n)]

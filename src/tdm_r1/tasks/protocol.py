@@ -22,7 +22,8 @@ class Task(Protocol):
 
     A task is made by a function or class that takes its settings (`settings.TaskConfig`); name it in
     `registry.TASKS` or as package.module:Name. ``known`` are the prompts that training draws from, where there is such
-    a list: rewards are asked before training whether they can score them.
+    a list: rewards are asked before training whether they can score them. A task may have ``directions``, "up" or
+    "down" by the name of a metric: those raise alarms when they get worse (`evaluation.alarm_at`).
     """
 
     known: Sequence[Prompt]

@@ -97,6 +97,12 @@ class RunFolder:
         """Whether the log has an evaluation of the model after an iteration."""
         return any("eval/reward_missing" in row and row["iteration"] == iteration for row in self.history())
 
+    def last_without_alarm(self) -> int:
+        """The last evaluated iteration before the first alarm; 0 if none was."""
+        evaluated = [row for row in self.history() if "eval/alarms" in row]
+        first = next((row["iteration"] for row in evaluated if row["eval/alarms"]), math.inf)
+        return max((int(row["iteration"]) for row in evaluated if row["iteration"] < first), default=0)
+
     def is_finished(self) -> bool:
         """Whether the exported weights are those of the run's end: an interrupted run exports its own too."""
         note = self.path / EXPORTED
@@ -121,11 +127,11 @@ class RunFolder:
         """Where the checkpoint after an iteration is, or is to be."""
         return self.path / "checkpoints" / f"iteration_{iteration:06d}.safetensors"
 
-    def drop_old_checkpoints(self) -> None:
-        """Keeps the last ones, and the one of the best evaluation."""
+    def drop_old_checkpoints(self, *, keep: int | None = None) -> None:
+        """Keeps the last ones, the one of the best evaluation, and that of the iteration ``keep``."""
         best = max(self.history(), key=lambda row: row.get("eval/reward", -math.inf), default={}).get("iteration")
         for old in self.checkpoints()[:-KEPT_CHECKPOINTS]:
-            if iteration_of(old) != best:
+            if iteration_of(old) not in (best, keep):
                 old.unlink()
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -26,6 +27,7 @@ from ..rewards.registry import named
 from ..rewards.scores import Reward
 from ..tasks.load import load_kl_task, load_task
 from ..tasks.settings import TaskConfig
+from .alarms import Alarms
 from .build import algorithm_of, build_roles, load_starts, task_and_scorer
 from .checkpoint import DamagedError, load_state, save_state
 from .export import export_roles
@@ -69,6 +71,8 @@ class Run:
         self.scoring = LatentScorer(
             self.backbone, self.scorer, micro_batch=b.micro_batch, group=b.group, console=self.console
         )
+        self.alarms = Alarms({}, {}, {}, at=config.evaluation.alarm_at)  # those of the run come with its start
+        self.alarmed, self.sound = False, 0  # whether any was raised; the last evaluated iteration before that
         self.iteration = 0
         self.seconds = 0.0
 
@@ -122,17 +126,41 @@ class Run:
             processes.by_first(lambda: held.enter_context(self.files.alone()))
             self.open(resume=resume, start_from=start_from)
             evaluator = self.evaluator()
+            directions, at = evaluator.directions, self.config.evaluation.alarm_at
+            self.alarms = processes.by_first(lambda: Alarms.load(self.folder, directions, at=at))
             with self._nothing_lost():
-                start = self._report(first or evaluator(self.few_step())) if self._due() else None
+                start = self._start(evaluator, first) if self._due() else None
                 last = self._train(evaluator, start)
             self.save()
+            exported = self._back_at_alarm()
             if self.iteration < self.config.iterations:
                 self.console.print(f"Stopped after iteration {self.iteration}, saved. {self._going_on()}", markup=False)
-            processes.by_first(self._export)
+            processes.by_first(lambda: self._export(exported))
         return last
 
-    def _export(self) -> None:
-        with self.files.exporting(self.iteration):
+    def _start(self, evaluator: Evaluator, first: Evaluation | None) -> Evaluation:
+        """Evaluates the run as it stands, before an iteration; what the start shows is what alarms go by."""
+        result = first or evaluator(self.few_step())
+        if self.iteration == 0:
+            directions, at = evaluator.directions, self.config.evaluation.alarm_at
+            self.alarms = Alarms(directions, result.metrics, evaluator.noise(result), at=at)
+            processes.by_first(lambda: self.alarms.save(self.folder))
+            if self.config.evaluation.on_alarm == "back":
+                self.save()  # there may be nothing else to go back to
+        return self._report(result)
+
+    def _back_at_alarm(self) -> int:
+        """The iteration whose weights are to be exported: after an alarm, where the settings say so, those of the last
+        evaluated checkpoint before it, which it loads."""
+        if not self.alarmed or self.config.evaluation.on_alarm != "back":
+            return self.iteration
+        path = self.files.checkpoint(self.sound)
+        self._load_state(path, processes.by_first(lambda: load_state(path)))
+        self.console.print(f"What is exported is iteration {self.sound}, the last evaluated one without an alarm")
+        return self.sound
+
+    def _export(self, iteration: int) -> None:
+        with self.files.exporting(iteration):
             self.export(self.folder)
 
     def _going_on(self, *, earlier: bool = False) -> str:
@@ -155,6 +183,8 @@ class Run:
         bar = progress(c.name, total=c.iterations, done=self.iteration, console=self.console)
         with bar as show, interrupts() as interrupted:
             while self.iteration < self.config.iterations and not processes.any_of(interrupted()):
+                if self.alarmed and c.evaluation.on_alarm != "warn":
+                    break
                 start = time.perf_counter()
                 metrics = self.step()
                 self.seconds += time.perf_counter() - start
@@ -222,8 +252,18 @@ class Run:
     def _report(self, result: Evaluation) -> Evaluation:
         self.scoring.show_failures(result.scores)
         self.scoring.watch.require_any(result.scores)
+        self._look_for_alarms(result)
         processes.by_first(lambda: self.reporter.evaluation(self._counts(), result))
         return result
+
+    def _look_for_alarms(self, result: Evaluation) -> None:
+        found = self.alarms(result.metrics)
+        result.metrics["alarms"] = float(len(found))
+        for alarm in found:
+            self.console.print(f"alarm: {alarm}", style="bold red", markup=False, highlight=False)
+        self.alarmed = self.alarmed or bool(found)
+        if not self.alarmed:
+            self.sound = self.iteration
 
     def _log(self, metrics: dict[str, float]) -> None:
         processes.by_first(lambda: self.reporter.log(self._counts(), metrics))
@@ -309,11 +349,15 @@ class Run:
             "algorithm": self.algorithm.state(),
         }
         save_state(self.files.checkpoint(self.iteration), state)
-        self.files.drop_old_checkpoints()
+        self.files.drop_old_checkpoints(keep=self.sound)
 
     def load(self, path: Path) -> None:
         """Goes back to a checkpoint, and drops what the log has from after it."""
-        state = processes.by_first(lambda: load_state(path))
+        self._load_state(path, processes.by_first(lambda: load_state(path)))
+        self.sound = processes.by_first(self.files.last_without_alarm)
+        processes.by_first(lambda: self.files.forget_after(self.iteration))
+
+    def _load_state(self, path: Path, state: Mapping[str, Any]) -> None:
         names = [str(spec.name) for spec in self.roles.specs]
         if wrong := set(names) ^ state["roles"].keys():
             raise UserError(
@@ -324,7 +368,6 @@ class Run:
         for name in names:
             self.roles.load(name, state["roles"][name])
         self.algorithm.load_state(state["algorithm"])
-        processes.by_first(lambda: self.files.forget_after(self.iteration))
 
     def export(self, folder: Path) -> None:
         """Writes the evaluated weights, and others that the roles declare, for plain diffusers."""
