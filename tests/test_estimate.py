@@ -155,7 +155,7 @@ def test_dry_run_tells_memory_and_time_without_hub_and_gpu(capsys, tmp_path: Pat
     assert cli.main(["train", "sd35m_geneval", "--dry-run", "--batch.micro-batch", "2"]) == 0
     text = capsys.readouterr().out
     assert "# memory of one GPU, about " in text
-    assert "if 8 GPUs shared the samples" in text
+    assert "s on 8 (without their exchanges)" in text
     (tmp_path / "dry.yaml").write_text(text)  # still a configuration
     assert load_recipe(str(tmp_path / "dry.yaml")) == load_recipe("sd35m_geneval").override({"batch.micro_batch": 2})
     assert cli.main(["train", "mini", "--dry-run"]) == 0

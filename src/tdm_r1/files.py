@@ -25,6 +25,7 @@ def whole_file(path: Path) -> Iterator[Path]:
             yield partial
             _sync(partial)
             os.replace(partial, path)
+            _sync_folder(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -45,6 +46,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
             if path.exists():
                 os.replace(path, old)
             os.replace(partial, path)
+            _sync_folder(path.parent)
             shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -64,6 +66,26 @@ def _sync(file: Path) -> None:
     """A file that is there by name is there in whole, also after a power cut."""
     with file.open("rb+") as opened:
         os.fsync(opened.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Its names are those that there were last, also after a power cut, where the system can say so of folders."""
+    try:
+        opened = os.open(folder, os.O_RDONLY)
+    except OSError:  # Windows opens no folders
+        return
+    try:
+        os.fsync(opened)
+    except OSError:
+        pass  # some network file systems have no such thing
+    finally:
+        os.close(opened)
+
+
+def remove_partial(folder: Path) -> None:
+    """Removes what a process that was killed has left of files and folders that it was writing inside ``folder``."""
+    for partial in folder.rglob("*.partial"):
+        shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from ..config.load import load_recipe
 from ..config.run import CONFIG_FILE, LOG, RunConfig, dump
 from ..errors import UserError
-from ..files import write_text
+from ..files import remove_partial, write_text
 
 KEPT_CHECKPOINTS = 3  # the last ones; the best evaluated one is kept beside them
 EXPORTS = ("lora", "transformer")  # what a run writes at its end, or when it is interrupted
@@ -50,6 +50,8 @@ class RunFolder:
                 raise UserError(f"{self.path} is in use by another process: wait, or give another --name") from error
             except (OSError, NotImplementedError):
                 pass  # some network file systems have no locks
+            else:
+                remove_partial(self.path)
             yield
 
     def begin(self, config: RunConfig) -> None:

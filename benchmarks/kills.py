@@ -1,0 +1,164 @@
+"""A run that is killed again and again, at random moments, against one that is left alone.
+
+Run: ``python benchmarks/kills.py [--kills 50] [--processes 1]`` (writes docs/results/kills.json and .md). The recipe
+`mini` on small batches that saves after each iteration, evaluates after every third, and goes on with --resume after
+each SIGKILL. Equal means: every weight and optimizer state of the last checkpoint to the last bit, and every row of the
+log but for times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from tdm_r1.train.checkpoint import load_state
+from tdm_r1.train.folder import RunFolder
+
+SETTINGS = (
+    "--batch.prompts=2",
+    "--batch.group=3",
+    "--batch.micro-batch=6",
+    "--evaluation.prompts=4",
+    "--evaluation.images-per-prompt=2",
+    "--evaluation.every=3",
+    "--save-every=1",
+)
+STARTUP = 0.2  # share of the kills that come while the process starts
+LONGEST = 1.5  # seconds of work until a kill
+
+
+def command(folder: Path, name: str, iterations: int, processes: int) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    train = ["-m", "tdm_r1", "train", "mini", *SETTINGS, f"--iterations={iterations}"]
+    return [sys.executable, *launcher, *train, f"--output={folder}", f"--name={name}"]
+
+
+def start(folder: Path, name: str, iterations: int, processes: int) -> subprocess.Popen[bytes]:
+    """The run, from its last checkpoint if it has one; in a group of its own, to be killed as one."""
+    more = ["--resume"] if RunFolder(folder / name).checkpoints() else []
+    return subprocess.Popen(
+        [*command(folder, name, iterations, processes), *more],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def kill_again_and_again(folder: Path, iterations: int, kills: int, processes: int, rng: random.Random) -> list[str]:
+    """Kills the run ``kills`` times, then lets it end. Returns what each was doing: starting or working."""
+    done: list[str] = []
+    while len(done) < kills:
+        run = start(folder, "killed", iterations, processes)
+        before = progress(folder / "killed")
+        if rng.random() < STARTUP:
+            doing = "starting"
+            time.sleep(rng.uniform(0, 8))
+        else:
+            doing = "working"
+            while run.poll() is None and progress(folder / "killed") == before:
+                time.sleep(0.02)
+            time.sleep(rng.uniform(0, LONGEST))
+        if run.poll() is not None:
+            raise RuntimeError(f"the run ended with code {run.returncode} after {len(done)} kills")
+        os.killpg(run.pid, signal.SIGKILL)
+        run.wait()
+        done.append(doing)
+        print(f"{len(done)} kills, {progress(folder / 'killed')} bytes of log", flush=True)
+    if code := start(folder, "killed", iterations, processes).wait():
+        raise RuntimeError(f"the run ended with code {code} after all kills")
+    return done
+
+
+def progress(run: Path) -> int:
+    """Bytes of the log."""
+    log = run / "metrics.jsonl"
+    return log.stat().st_size if log.exists() else 0
+
+
+def differences(folder: Path, iterations: int) -> list[str]:
+    """Names of what is not equal in the two runs."""
+    states = [load_state(RunFolder(folder / name).checkpoint(iterations)) for name in ("whole", "killed")]
+    found = [name for name, a, b in leaves(*states) if not equal(a, b) and name != "/seconds"]
+    logs = [RunFolder(folder / name).history() for name in ("whole", "killed")]
+    if len(logs[0]) != len(logs[1]):
+        return [*found, f"{len(logs[0])} and {len(logs[1])} rows of the log"]
+    for a, b in zip(*logs, strict=True):
+        found += [
+            f"log, iteration {a['iteration']}: {name}"
+            for name in a.keys() | b.keys()
+            if "second" not in name and a.get(name) != b.get(name)
+        ]
+    return found
+
+
+def leaves(a: object, b: object, name: str = ""):
+    """Every value of two equal trees, with its name."""
+    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
+        for key in a:
+            yield from leaves(a[key], b[key], f"{name}/{key}")
+    elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            yield from leaves(x, y, f"{name}/{i}")
+    else:
+        yield name, a, b
+
+
+def equal(a: object, b: object) -> bool:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return torch.equal(a, b)
+    return a == b
+
+
+def markdown(rows: list[dict]) -> str:
+    lines = [
+        "# Killed runs",
+        "",
+        "Written by `python benchmarks/kills.py`. SIGKILL at random moments, then `--resume`; the last checkpoint and",
+        "the log against those of a run that was left alone.",
+        "",
+        "| processes | iterations | kills while working | while starting | different at the end |",
+        "|---|---|---|---|---|",
+    ]
+    for r in rows:
+        working, starting = (r["kills"].count(what) for what in ("working", "starting"))
+        different = ", ".join(r["different"]) or "nothing"
+        lines.append(f"| {r['processes']} | {r['iterations']} | {working} | {starting} | {different} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--iterations", type=int, default=300, help="of the run; more than the kills leave undone")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("docs/results/kills.json"))
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        if code := start(folder, "whole", args.iterations, args.processes).wait():
+            raise SystemExit(f"the run that is left alone ended with code {code}")
+        kills = kill_again_and_again(folder, args.iterations, args.kills, args.processes, random.Random(args.seed))
+        row = {"processes": args.processes, "iterations": args.iterations, "kills": kills}
+        row["different"] = differences(folder, args.iterations)
+        row["different"] += [f"left over: {path.name}" for path in (folder / "killed").rglob("*.partial")]
+    rows = json.loads(args.out.read_text()) if args.out.exists() else []
+    rows = sorted([r for r in rows if r["processes"] != args.processes] + [row], key=lambda r: r["processes"])
+    args.out.write_text(json.dumps(rows, indent=1))
+    args.out.with_suffix(".md").write_text(markdown(rows))
+    print(args.out.with_suffix(".md").read_text())
+
+
+if __name__ == "__main__":
+    main()
