@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -22,7 +22,7 @@ from ..rewards.scores import Scores, joined
 from ..tasks.protocol import Prompt, Task
 from .measures import DIRECTION, measure
 
-HALVES = 8
+HALVES = 8  # of the prompts, for `Evaluator.noise`
 
 
 @dataclass(frozen=True)
@@ -107,12 +107,13 @@ def mean_of(scores: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics by name, and the pictures that they were measured on."""
+    """Metrics by name, and the pictures that they were measured on; ``others``: those of the other tasks, by name."""
 
     metrics: dict[str, float]
     scores: Scores
     images: np.ndarray
     prompts: list[Prompt]
+    others: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 class Evaluator:
@@ -194,15 +195,21 @@ class Evaluator:
 
     def noise(self, evaluation: Evaluation) -> dict[str, float]:
         """How far metrics vary over prompts: their deviation over random halves of the prompts, which is about that of
-        a mean over all of them. Other tasks' metrics have the noise of this one's of the same name."""
-        n, count = self.images_per_prompt, len(evaluation.prompts) // self.images_per_prompt
+        a mean over all of them."""
+        found = self._noise(self.task, evaluation.images, evaluation.prompts)
+        for name, task in self.also.items():
+            own = self._noise(task, evaluation.others[name], self.others[name])
+            found |= {f"{name}/{metric}": value for metric, value in own.items()}
+        return found
+
+    def _noise(self, task: Task, images: np.ndarray, prompts: list[Prompt]) -> dict[str, float]:
+        n, count = self.images_per_prompt, len(prompts) // self.images_per_prompt
         rng = numpy_rng(self.seed, 0, "halves of the prompts")
-        found = []
+        rows: list[dict[str, float]] = []
         for _ in range(HALVES if count > 1 else 0):
-            rows = (np.sort(rng.permutation(count)[: count // 2])[:, None] * n + np.arange(n)).ravel()
-            found.append(self._held_out(self.task, evaluation.images[rows], [evaluation.prompts[i] for i in rows]))
-        own = {k: float(np.std([row[k] for row in found if k in row], ddof=1)) for k in (found[0] if found else ())}
-        return {k: own[k.partition("/")[2]] for k in self.directions if k.partition("/")[2] in own} | own
+            half = (np.sort(rng.permutation(count)[: count // 2])[:, None] * n + np.arange(n)).ravel()
+            rows.append(self._held_out(task, images[half], [prompts[i] for i in half]))
+        return {k: float(np.std([row[k] for row in rows if k in row], ddof=1)) for k in (rows[0] if rows else ())}
 
     def __call__(self, sampling: Sampling) -> Evaluation:
         self.embed.learn(["", *(p.text for p in self.prompts)])  # not part of the seconds that follow
@@ -218,8 +225,9 @@ class Evaluator:
             "network_evaluations": float(sampling.network_evaluations),
             "images_per_second": len(images) / seconds,
         }
+        others = {name: self._sample(sampling, prompts) for name, prompts in self.others.items()}
         for name, task in self.also.items():
-            prompts = self.others[name]
-            found = self._held_out(task, self._sample(sampling, prompts), prompts)
+            found = self._held_out(task, others[name], self.others[name])
             metrics |= {f"{name}/{metric}": value for metric, value in found.items()}
-        return Evaluation({k: v for k, v in metrics.items() if not math.isnan(v)}, scores, images, self.prompts)
+        metrics = {k: v for k, v in metrics.items() if not math.isnan(v)}
+        return Evaluation(metrics, scores, images, self.prompts, others)

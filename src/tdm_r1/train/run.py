@@ -155,6 +155,9 @@ class Run:
         if not self.alarmed or self.config.evaluation.on_alarm != "back":
             return self.iteration
         path = self.files.checkpoint(self.sound)
+        if not processes.by_first(path.exists):  # of a run that was started with another setting
+            self.console.print(f"There is no checkpoint of iteration {self.sound} to go back to", style="yellow")
+            return self.iteration
         self._load_state(path, processes.by_first(lambda: load_state(path)))
         self.console.print(f"What is exported is iteration {self.sound}, the last evaluated one without an alarm")
         return self.sound
