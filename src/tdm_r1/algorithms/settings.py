@@ -141,7 +141,7 @@ class SurrogateConfig(Settings):
         0.98, ge=0, lt=1, description="Decay of the average of phi whose direction is used; default: ours, docs/notes."
     )
     added_delta: float = Field(
-        1.0,
+        1.5,
         ge=0,
         description="Weight at which the averaged phi's change of weights is added to generator and fake score; 0: the "
         "paper; default: ours, docs/method.md.",
@@ -185,7 +185,7 @@ class BalanceConfig(Settings):
         description="fixed: a guidance scale, ours. ratio: a slow, bounded controller towards reward:KL = ratio.",
     )
     scale: float = Field(
-        8.0, ge=0, description="The guidance scale, and the controller's start; default: ours, docs/notes."
+        4.0, ge=0, description="The guidance scale, and the controller's start; default: ours, docs/notes."
     )
     ratio: float = Field(2.0, gt=0, description="reward:KL of the gradient; default: paper.")
     limit: float | None = Field(

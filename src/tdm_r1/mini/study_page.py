@@ -31,6 +31,7 @@ PARTS = {
     "search": "The search of each method's settings",
 }
 INTRODUCTIONS = {  # before a part's table
+    "release": ["From `mini_release`, on half of the images.", ""],
     "rewards": [
         "The recipe unchanged. The first figure in the column reward is the start's, on the noise of the run's own",
         "evaluations. What such a reward costs in held-out metrics even if it is followed exactly is in",
@@ -44,7 +45,7 @@ INTRODUCTIONS = {  # before a part's table
     ],
     "search": [
         "One seed each. The rivals have scored half of the images, this project's rows four thirds of them, and those",
-        "stand for the recipe as it was when it was searched. Minutes are not comparable: machines differ.",
+        "stand for the recipe as it was when it was searched.",
         "",
     ],
 }
@@ -82,8 +83,8 @@ def markdown(records: dict[str, list[Record]], world: str, stale: Collection[str
         "the methods every one that learns has scored the same number of images. Each figure is the mean over the",
         "seeds and two draws of evaluation noise, with the standard deviation over seeds where there are several;",
         "arrows say which way is better. A pass is one of the network over one image; a backward pass counts as two.",
-        "NFE: passes for an image when the model is used. Rows with † are of earlier settings (in their records)",
-        "and have not been run again.",
+        "NFE: passes for an image when the model is used. Minutes do not compare: machines, threads and what ran beside",
+        "differ. Rows with † are of earlier settings (in their records) and have not been run again.",
         "",
         f"![curves]({world}_curves.png)",
         "",

@@ -51,7 +51,11 @@ def policy(name: str, learning_rate: float, *, many_steps: bool = True, **own: A
     return changes | {f"{name}.{key}": value for key, value in own.items()}
 
 
-AS_SEARCHED = {"balance.limit": None}  # of this project's recipe, when it was searched
+AS_SEARCHED = {  # this project's recipe, when it was searched
+    "balance.limit": None,
+    "balance.scale": 8.0,
+    "surrogate.added_delta": 1.0,
+}
 DIRECT: dict[str, Any] = {"algorithm": "tdm_direct_rl", "tdm.fake_scores": "one", "dgpo.time_low": 0.0}
 UNTUNED = {  # rewards on which the recipe is tried unchanged
     "jpeg": "jpeg_compressibility",
