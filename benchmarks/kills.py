@@ -12,13 +12,14 @@ import argparse
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil  # type: ignore[import-untyped]
 import torch
 
 from tdm_r1.train.checkpoint import load_state
@@ -44,14 +45,13 @@ def command(folder: Path, name: str, iterations: int, processes: int) -> list[st
 
 
 def start(folder: Path, name: str, iterations: int, processes: int) -> subprocess.Popen[bytes]:
-    """The run, from its last checkpoint if it has one; in a group of its own, to be killed as one."""
+    """The run, from its last checkpoint if it has one."""
     more = ["--resume"] if RunFolder(folder / name).checkpoints() else []
     return subprocess.Popen(
         [*command(folder, name, iterations, processes), *more],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,
     )
 
 
@@ -71,13 +71,22 @@ def kill_again_and_again(folder: Path, iterations: int, kills: int, processes: i
             time.sleep(rng.uniform(0, LONGEST))
         if run.poll() is not None:
             raise RuntimeError(f"the run ended with code {run.returncode} after {len(done)} kills")
-        os.killpg(run.pid, signal.SIGKILL)
-        run.wait()
+        kill(run)
         done.append(doing)
         print(f"{len(done)} kills, {progress(folder / 'killed')} bytes of log", flush=True)
     if code := start(folder, "killed", iterations, processes).wait():
         raise RuntimeError(f"the run ended with code {code} after all kills")
     return done
+
+
+def kill(run: subprocess.Popen[bytes]) -> None:
+    """The process and all that it has started: a launcher's workers have groups of their own."""
+    everyone = [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]
+    for process in everyone:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    run.wait()
+    psutil.wait_procs(everyone[1:], timeout=30)
 
 
 def progress(run: Path) -> int:

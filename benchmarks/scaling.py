@@ -133,8 +133,8 @@ def markdown(found: dict) -> str:
         "update by a ring, and the trajectories to every GPU, at half of the makers' figures for H100s "
         f"({INSIDE_A_NODE / 1e9:.0f} GB/s",
         f"inside a node of {PER_NODE}, {BETWEEN_NODES / 1e9:.0f} GB/s between nodes, for each GPU). Left out: rewards, "
-        "text encoders, evaluations, and",
-        "that a GPU with few samples reaches a smaller share of its peak.",
+        "text encoders, evaluations, the exchange of",
+        "scores and metrics, and that a GPU with few samples reaches a smaller share of its peak.",
         "",
         "| recipe | samples | iterations | "
         + " | ".join(f"hours on {n} | of it exchange" for n in GPUS[1:])

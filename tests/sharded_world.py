@@ -60,6 +60,7 @@ def make(folder: Path) -> None:
 def trained(case: str, folder: Path, *, shard: bool) -> dict[str, Tensor]:
     """Weights of all roles after an iteration, and what this process keeps of the frozen transformer."""
     run = Run(config_of(case, folder, shard=shard))
+    run.shard()
     with_sgd(run, 0.02)  # AdamW would make steps of full size of what is rounding
     run.step()
     weights = {f"{s.name}/{n}": p.detach() for s in run.roles.specs for n, p in run.roles.weights(s.name).items()}

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 
 from tdm_r1.config.run import RunConfig
+from tdm_r1.errors import UserError
+from tdm_r1.evaluate.evaluation import PARTS, SHUFFLES
 from tdm_r1.evaluate.measures import measure
-from tdm_r1.models.lora_files import read_lora
+from tdm_r1.tasks.protocol import Prompt
+from tdm_r1.tasks.settings import TaskConfig
 from tdm_r1.train.alarms import Alarms
 from tdm_r1.train.checkpoint import load_state
 from tdm_r1.train.run import Run
@@ -57,41 +61,79 @@ def test_what_raises_an_alarm():
         ("kept", pytest.approx(5)),
         ("bad", pytest.approx(4)),
     ]
-    assert [alarm.name for alarm in alarms({"good": 0.0, "bad": 9.0})] == ["good", "bad"]
-    assert alarms({"good": 0.0})[0].times == pytest.approx(70)
-    assert alarms({"good": math.nan}) == []
+    lost = alarms({"good": 0.0, "kept": 10.0})
+    assert [(alarm.name, alarm.times) for alarm in lost] == [("bad", math.inf), ("good", pytest.approx(70))]
+    assert Alarms(directions, start, {"good": 0.0}, at=3.0)({"good": 0.0}) == []
+    with pytest.raises(UserError, match="direction of fid is 'lower'"):
+        Alarms({"fid": "lower"}, {}, {}, at=3.0)
     assert str(found[0]) == "good 0.64 (at the start 0.7, 6.0 times its noise)"
 
 
-def config_of(make: Make, what: str) -> RunConfig:
-    """A run whose metrics may not get worse at all."""
-    evaluation = {"every": 1, "prompts": 6, "images_per_prompt": 2, "alarm_at": 1e-9, "on_alarm": what}
-    return make(iterations=6, save_every=10, tdm={"generator": {"learning_rate": 0.05}}, evaluation=evaluation)
+class Scripted:
+    """A task whose one metric is what is written in `NEXT`, the last one for ever."""
+
+    known: Sequence[Prompt] = ()
+    directions: ClassVar = {"quality": "up"}
+    NEXT: ClassVar[list[float]] = []
+
+    def __init__(self, config: TaskConfig) -> None:
+        del config
+
+    def train_prompts(self, n: int, rng: np.random.Generator) -> list[Prompt]:
+        return [Prompt("a red circle")] * n
+
+    def eval_prompts(self, n: int) -> list[Prompt]:
+        return [Prompt("a red circle")] * n
+
+    def metrics(self, images: np.ndarray, prompts: Sequence[Prompt], images_per_prompt: int) -> dict[str, float]:
+        return {"quality": self.NEXT.pop(0) if len(self.NEXT) > 1 else self.NEXT[0]}
+
+
+def config_of(make: Make, what: str, after: list[float], **more: object) -> RunConfig:
+    """A run with an evaluation after each iteration, of the quality 0.9 at its start and ``after`` then."""
+    Scripted.NEXT[:] = [0.9] * (1 + PARTS * SHUFFLES) + after
+    evaluation = {"every": 1, "prompts": 8, "images_per_prompt": 2, "on_alarm": what}
+    task = {"name": "test_alarms:Scripted", "weights": None}
+    settings = {"iterations": 8, "save_every": 1, "evaluation": evaluation, "task": task}
+    return make(**(settings | more))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["warn", "stop", "back"])
 def test_an_alarm_warns_stops_or_goes_back(what: str, tiny_config: Make, capsys: pytest.CaptureFixture[str]):
-    run = Run(config_of(tiny_config, what))
+    """The sixth evaluation raises one; by then more checkpoints have been written than are kept."""
+    run = Run(config_of(tiny_config, what, [0.9, 0.9, 0.8, 0.7, 0.8, 0.3, 0.9]))
     run.fit()
     rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     counts = {row["iteration"]: row["eval/alarms"] for row in rows if "eval/alarms" in row}
-    assert counts[0] == 0
-    first = next(iteration for iteration, count in counts.items() if count)
-    assert "alarm: " in capsys.readouterr().out
+    assert [i for i, count in counts.items() if count] == [6]  # noise: 1/8 at least; 0.9 to 0.3 is more than 3/8
+    assert "alarm: quality 0.3 (at the start 0.9, 4.8 times its noise)" in capsys.readouterr().out
     exported = json.loads((run.folder / "exported.json").read_text())["iteration"]
-    if what == "warn":
-        assert max(counts) == 6
-        assert exported == 6
-        return
-    assert max(counts) == first < 6
-    assert exported == (first if what == "stop" else first - 1)
+    assert (max(counts), exported) == {"warn": (8, 8), "stop": (6, 6), "back": (6, 5)}[what]
     saved = load_state(run.files.checkpoint(exported))["roles"]["generator_ema"]
-    assert len(saved) > 0
     for name, value in run.roles.state("generator_ema").items():
         assert torch.equal(value, saved[name])
-    assert read_lora(run.folder / "lora").weights.keys()
     again = Run(run.config)
     again.open(resume=True)
-    assert again.iteration == first
-    assert again.sound == first - 1
+    assert (again.iteration, again.alarmed, again.sound) == (max(counts), True, 5)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_gone_on_with_keeps_its_start(tiny_config: Make):
+    """It stops again at once unless told otherwise; from before the alarm it goes on."""
+    run = Run(config_of(tiny_config, "stop", [0.9, 0.9, 0.3]))
+    run.fit()
+    assert run.iteration == 3
+    Scripted.NEXT[:] = [0.3]
+    again = Run(run.config)
+    again.fit(resume=True)
+    assert again.iteration == 3
+    Scripted.NEXT[:] = [0.9, 0.3]
+    earlier = Run(run.config)
+    earlier.fit(resume=True, start_from=1)
+    assert earlier.iteration == 3
+    assert earlier.alarmed
+    other = Run(run.config.override({"evaluation.prompts": 9, "evaluation.on_alarm": "warn"}))
+    other.fit(resume=True)
+    assert other.iteration == 8
+    assert other.alarms.start == {}

@@ -24,7 +24,7 @@ def count() -> int:
 
 
 def rank() -> int:
-    """This process's number; the first one, 0, writes and speaks."""
+    """This process's number; number 0 writes files and prints."""
     return dist.get_rank() if count() > 1 else 0
 
 
@@ -130,7 +130,7 @@ def together(work: Callable[[], T]) -> T:
 
 def _told(error: Exception) -> Exception:
     """What the other processes raise for an error of this one."""
-    for kind in (UserError, FloatingPointError, OSError):
+    for kind in (UserError, FloatingPointError, OSError, ValueError):
         if isinstance(error, kind):
             return kind(str(error))
     return RuntimeError(f"process {rank()} failed: {type(error).__name__}: {error}")

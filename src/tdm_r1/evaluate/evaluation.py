@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,7 +23,7 @@ from ..rewards.scores import Scores, joined
 from ..tasks.protocol import Prompt, Task
 from .measures import DIRECTION, measure
 
-HALVES = 8  # of the prompts, for `Evaluator.noise`
+PARTS, SHUFFLES = 8, 2  # of the prompts, for `Evaluator.noise`
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,15 @@ class Evaluation:
     others: dict[str, np.ndarray] = field(default_factory=dict)
 
 
+def _standard_error(values: np.ndarray, prompts: int) -> float:
+    """Of a metric over all prompts, from its values on equal parts of them; 0 where it is hardly ever known."""
+    values = values[~np.isnan(values)]
+    if len(values) < PARTS:
+        return 0.0
+    least = 1 / prompts if values.min() >= 0 and values.max() <= 1 else 0.0
+    return max(float(values.std(ddof=1)) / math.sqrt(PARTS), least)
+
+
 class Evaluator:
     """Samples a role on the task's fixed prompts and fixed noise, and measures reward and held-out metrics.
 
@@ -194,8 +204,9 @@ class Evaluator:
         return found
 
     def noise(self, evaluation: Evaluation) -> dict[str, float]:
-        """How far metrics vary over prompts: their deviation over random halves of the prompts, which is about that of
-        a mean over all of them."""
+        """Standard errors of the metrics over prompts: their deviation over `PARTS` parts of the prompts, over the root
+        of that number. That is right for means; for a distance between two sets it is a rough guide. A metric between 0
+        and 1 is given at least one prompt's weight."""
         found = self._noise(self.task, evaluation.images, evaluation.prompts)
         for name, task in self.also.items():
             own = self._noise(task, evaluation.others[name], self.others[name])
@@ -204,12 +215,13 @@ class Evaluator:
 
     def _noise(self, task: Task, images: np.ndarray, prompts: list[Prompt]) -> dict[str, float]:
         n, count = self.images_per_prompt, len(prompts) // self.images_per_prompt
-        rng = numpy_rng(self.seed, 0, "halves of the prompts")
-        rows: list[dict[str, float]] = []
-        for _ in range(HALVES if count > 1 else 0):
-            half = (np.sort(rng.permutation(count)[: count // 2])[:, None] * n + np.arange(n)).ravel()
-            rows.append(self._held_out(task, images[half], [prompts[i] for i in half]))
-        return {k: float(np.std([row[k] for row in rows if k in row], ddof=1)) for k in (rows[0] if rows else ())}
+        rng, found = numpy_rng(self.seed, 0, "parts of the prompts"), defaultdict(list)
+        for _ in range(SHUFFLES if count >= PARTS else 0):
+            for part in np.array_split(rng.permutation(count), PARTS):
+                rows = (np.sort(part)[:, None] * n + np.arange(n)).ravel()
+                for name, value in self._held_out(task, images[rows], [prompts[i] for i in rows]).items():
+                    found[name].append(value)
+        return {name: _standard_error(np.array(values), count) for name, values in found.items()}
 
     def __call__(self, sampling: Sampling) -> Evaluation:
         self.embed.learn(["", *(p.text for p in self.prompts)])  # not part of the seconds that follow

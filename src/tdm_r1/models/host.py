@@ -64,8 +64,11 @@ class Host:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
+        if self.sharded:
+            return
         adapters = {p for n, p in self.transformer.named_parameters() if ".lora_" in n}
-        mesh = init_device_mesh(next(iter(adapters)).device.type, (processes.count(),))
+        device = next(self.transformer.parameters()).device
+        mesh = init_device_mesh(device.type, (processes.count(),))
         kinds: Any = self.transformer._no_split_modules
         blocks = [module for module in self.transformer.modules() if type(module).__name__ in kinds]
         for module in [*blocks, self.transformer]:

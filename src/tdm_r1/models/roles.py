@@ -100,7 +100,10 @@ class Roles:
         Raises ValueError where roles have full weights or merged copies.
         """
         if self.merge or any(role.adapter is None and role.owned for role in self._members.values()):
-            raise ValueError("model.shard = True: needs adapters that are not merged; set model.merge to false")
+            raise ValueError(
+                "model.shard = True: needs adapters that are not merged; set model.merge to false, model.roles and "
+                "surrogate.weights to lora"
+            )
         for host in {id(role.host): role.host for role in self._members.values()}.values():
             host.shard()
 

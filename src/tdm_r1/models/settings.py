@@ -76,8 +76,8 @@ class ModelConfig(Settings):
     )
     shard: bool = Field(
         False,
-        description="Spread the frozen transformers over the processes of the run (FSDP2), for a model that is too "
-        "large for one GPU; adapters stay whole in each.",
+        description="Spread the frozen transformers over the processes of the run (FSDP2), which leaves more of each "
+        "GPU's memory for training; adapters stay whole in each.",
     )
     merge: bool = Field(
         False,

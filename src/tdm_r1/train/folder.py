@@ -99,11 +99,12 @@ class RunFolder:
         """Whether the log has an evaluation of the model after an iteration."""
         return any("eval/reward_missing" in row and row["iteration"] == iteration for row in self.history())
 
-    def last_without_alarm(self) -> int:
-        """The last evaluated iteration before the first alarm; 0 if none was."""
+    def alarmed(self) -> tuple[bool, int]:
+        """Whether an evaluation of the log raised an alarm, and the last evaluated iteration before that; 0 if none."""
         evaluated = [row for row in self.history() if "eval/alarms" in row]
         first = next((row["iteration"] for row in evaluated if row["eval/alarms"]), math.inf)
-        return max((int(row["iteration"]) for row in evaluated if row["iteration"] < first), default=0)
+        sound = max((int(row["iteration"]) for row in evaluated if row["iteration"] < first), default=0)
+        return first < math.inf, sound
 
     def is_finished(self) -> bool:
         """Whether the exported weights are those of the run's end: an interrupted run exports its own too."""

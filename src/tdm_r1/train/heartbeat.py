@@ -18,7 +18,7 @@ import torch.distributed as dist
 from ..core import processes
 
 INTERVAL = 2.0  # seconds between two beats
-LIMIT = 25.0  # seconds without one, after which a process is given up; torchrun then takes 30 to end a frozen one
+LIMIT = 20.0  # seconds without one, after which a process is given up; torchrun then takes 30 to end a frozen one
 LEAVING = 20.0  # seconds that a process waits for the others at its end: the first may have a checkpoint to write
 
 
@@ -32,13 +32,13 @@ def heartbeat(*, interval: float = INTERVAL, limit: float = LIMIT) -> Iterator[N
     rank, store, hosts = processes.rank(), _store(), processes.gather_each(socket.gethostname())
     heard = dict.fromkeys([0] if rank else range(1, len(hosts)), time.monotonic())
     done = threading.Event()
-    for work in (partial(_beat, store, heard, done, interval), partial(_watch, hosts, heard, done, limit)):
+    for work in (partial(_beat, store, heard, done, interval), partial(_watch, hosts, heard, done, interval, limit)):
         threading.Thread(target=work, daemon=True).start()  # a frozen process may keep the first from ever ending
     try:
         yield
     finally:
         done.set()
-        with suppress(dist.DistError):  # who has gone before is no matter now
+        with suppress(dist.DistError):  # the process that serves the store may have ended
             store.set(f"left {rank}", "")  # all leave together: the launcher ends the others when one has failed
             store.wait([f"left {other}" for other in range(len(hosts))], timedelta(seconds=LEAVING))
 
@@ -71,11 +71,15 @@ def _beat(store: dist.TCPStore, heard: dict[int, float], done: threading.Event, 
             return
 
 
-def _watch(hosts: Sequence[str], heard: dict[int, float], done: threading.Event, limit: float) -> None:
+def _watch(hosts: Sequence[str], heard: dict[int, float], done: threading.Event, interval: float, limit: float) -> None:
     """Ends this process when another was not heard for too long."""
-    while not done.wait(1.0):
-        silent = [other for other, when in list(heard.items()) if time.monotonic() - when > limit]
-        if silent and not done.wait(1.0):  # the others' leaving comes a moment before one's own
+
+    def silent_now() -> list[int]:
+        return [other for other, when in list(heard.items()) if time.monotonic() - when > limit]
+
+    while not done.wait(interval):
+        # looked at twice: this process may itself have been frozen, and the others' leaving comes before one's own
+        if silent_now() and not done.wait(2 * interval) and (silent := silent_now()):
             print(
                 f"tdm-r1: process {silent[0]} of {len(hosts)}, on {hosts[silent[0]]}, no longer answers; process "
                 f"{processes.rank()} ends. Start the run again with --resume",

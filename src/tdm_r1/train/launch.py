@@ -10,6 +10,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from ..config.load import differences
 from ..config.run import RunConfig
 from ..core import processes
 from ..errors import RAISED_ELSEWHERE, RAISED_HERE, UserError
@@ -32,18 +33,24 @@ def joined() -> Iterator[None]:
     if gpu:
         torch.cuda.set_device(_local_gpu())
     store, rank, size = next(dist.rendezvous("env://", timeout=EXCHANGE_TIMEOUT))
-    attempt = dist.PrefixStore(f"attempt {_restarts()}", store)  # torchrun's store still has the addresses of the last
     backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
-    dist.init_process_group(backend, store=attempt, rank=rank, world_size=size, timeout=EXCHANGE_TIMEOUT)
+    dist.init_process_group(backend, store=_of_attempt(store), rank=rank, world_size=size, timeout=EXCHANGE_TIMEOUT)
     try:
         with heartbeat():
             yield
-    except Exception as error:
+    except Exception as error:  # the process ends, and with it the group: to leave it could wait for the others
         if RAISED_ELSEWHERE not in getattr(error, "__notes__", ()):
             error.add_note(RAISED_HERE)
         raise
-    finally:
-        dist.destroy_process_group()
+    dist.destroy_process_group()
+
+
+def _of_attempt(store: dist.Store) -> dist.Store:
+    """The part of torchrun's store that is this attempt's: the same store serves a restart, and still has the addresses
+    of the processes before it. Machines count their restarts apart: on several of them each round needs a store of its
+    own, which TORCH_DISABLE_SHARE_RDZV_TCP_STORE brings (docs/multi_node.sh)."""
+    own = os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") == "1"
+    return store if own else dist.PrefixStore(f"attempt {_restarts()}", store)
 
 
 def _local_gpu() -> int:
@@ -61,6 +68,16 @@ def restarted() -> bool:
 
 def _restarts() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def require_same_settings(config: RunConfig) -> None:
+    """Raises UserError if another process has other settings, as one has that resumes without the run's folder."""
+    for number, other in enumerate(processes.gather_each(config)):
+        for name, own, found in differences(config, other):
+            raise UserError(
+                f"{name} = {own!r} in process {processes.rank()}, {found!r} in process {number}: start all with the "
+                "same arguments, where all of them see the run's folder"
+            )
 
 
 def require_share(config: RunConfig) -> None:

@@ -17,7 +17,7 @@ from ..config.load import differences, require_same_run
 from ..config.run import RunConfig
 from ..core import processes
 from ..core.randomness import Normal, numpy_rng, torch_rng
-from ..errors import UserError
+from ..errors import RAISED_ELSEWHERE, UserError
 from ..evaluate.evaluation import Evaluation, Evaluator, Sampling, mean_of
 from ..models.embedder import Embedder
 from ..models.load import load_backbones
@@ -63,8 +63,6 @@ class Run:
         self.backbone, teacher = load_backbones(config.model)
         self.roles = build_roles(config, self.backbone, teacher)
         load_starts(config, self.roles)
-        if config.model.shard:
-            self.roles.shard()
         self.embed = Embedder(self.backbone)
         self.algorithm = algorithm_of(config)(self.roles, self.embed([""]), config)
         b = config.batch
@@ -124,27 +122,31 @@ class Run:
         """
         with ExitStack() as held:
             processes.by_first(lambda: held.enter_context(self.files.alone()))
+            self.shard()
             self.open(resume=resume, start_from=start_from)
             evaluator = self.evaluator()
-            directions, at = evaluator.directions, self.config.evaluation.alarm_at
-            self.alarms = processes.by_first(lambda: Alarms.load(self.folder, directions, at=at))
+            self.alarms = processes.by_first(lambda: Alarms.load(self.folder, self.config, evaluator.directions))
             with self._nothing_lost():
-                start = self._start(evaluator, first) if self._due() else None
-                last = self._train(evaluator, start)
+                last = self._train(evaluator, self._start(evaluator, first) if self._due() else None)
             self.save()
-            exported = self._back_at_alarm()
             if self.iteration < self.config.iterations:
                 self.console.print(f"Stopped after iteration {self.iteration}, saved. {self._going_on()}", markup=False)
+            exported = self._back_at_alarm()
             processes.by_first(lambda: self._export(exported))
         return last
 
+    def shard(self) -> None:
+        """Spreads the frozen transformers over the processes, where the settings say so and it is not done yet."""
+        if self.config.model.shard:
+            self.roles.shard()
+
     def _start(self, evaluator: Evaluator, first: Evaluation | None) -> Evaluation:
         """Evaluates the run as it stands, before an iteration; what the start shows is what alarms go by."""
-        result = first or evaluator(self.few_step())
+        result, at = first or evaluator(self.few_step()), self.config.evaluation.alarm_at
         if self.iteration == 0:
-            directions, at = evaluator.directions, self.config.evaluation.alarm_at
-            self.alarms = Alarms(directions, result.metrics, evaluator.noise(result), at=at)
-            processes.by_first(lambda: self.alarms.save(self.folder))
+            if self.config.algorithm != "tdm":  # the start of a distillation is not what is to be kept
+                self.alarms = Alarms(evaluator.directions, result.metrics, evaluator.noise(result), at=at)
+                processes.by_first(lambda: self.alarms.save(self.folder, self.config))
             if self.config.evaluation.on_alarm == "back":
                 self.save()  # there may be nothing else to go back to
         return self._report(result)
@@ -187,6 +189,7 @@ class Run:
         with bar as show, interrupts() as interrupted:
             while self.iteration < self.config.iterations and not processes.any_of(interrupted()):
                 if self.alarmed and c.evaluation.on_alarm != "warn":
+                    self.console.print("An alarm ends the run; to go on all the same: --evaluation.on-alarm warn")
                     break
                 start = time.perf_counter()
                 metrics = self.step()
@@ -209,13 +212,14 @@ class Run:
         except (UserError, OSError) as error:
             if not self.iteration:
                 raise  # nothing to save
-            raise UserError(f"{error}. {self._saved()} {self._going_on()}") from error
+            raise _noted(UserError(f"{error}. {self._saved()} {self._going_on()}"), error) from error
         except FloatingPointError as error:  # what has diverged is not saved
+            if processes.rank():
+                error.add_note(RAISED_ELSEWHERE)  # all raise it
             if not self.files.checkpoints():
                 raise
-            raise UserError(
-                f"{error}. {self._going_on(earlier=True)}; there are checkpoints of {listed(self.files.checkpoints())}"
-            ) from error
+            known = f"there are checkpoints of {listed(self.files.checkpoints())}"
+            raise _noted(UserError(f"{error}. {self._going_on(earlier=True)}; {known}"), error) from error
         finally:
             self.scorer.close()
 
@@ -254,7 +258,7 @@ class Run:
 
     def _report(self, result: Evaluation) -> Evaluation:
         self.scoring.show_failures(result.scores)
-        self.scoring.watch.require_any(result.scores)
+        processes.together(lambda: self.scoring.watch.require_any(result.scores))
         self._look_for_alarms(result)
         processes.by_first(lambda: self.reporter.evaluation(self._counts(), result))
         return result
@@ -312,15 +316,18 @@ class Run:
 
     def _load_last(self) -> None:
         """Goes on from the last checkpoint that can be read."""
-        for path in reversed(self.checkpoints()):
-            try:
-                self.load(path)
-                return
-            except DamagedError as error:
-                self.console.print(f"{error}: trying the one before", style="yellow", markup=False)
-        raise UserError(
-            f"--resume: none of the checkpoints in {self.folder / 'checkpoints'} can be read; start a new run"
-        )
+
+        def readable() -> tuple[Path, Any]:
+            for path in reversed(self.files.checkpoints()):
+                try:
+                    return path, load_state(path)
+                except DamagedError as error:
+                    self.console.print(f"{error}: trying the one before", style="yellow", markup=False)
+            raise UserError(
+                f"--resume: none of the checkpoints in {self.folder / 'checkpoints'} can be read; start a new run"
+            )
+
+        self._go_on_from(*processes.by_first(readable))
 
     def _load_earlier(self, iteration: int) -> None:
         """Goes back to the checkpoint of an iteration and removes the later ones."""
@@ -356,9 +363,12 @@ class Run:
 
     def load(self, path: Path) -> None:
         """Goes back to a checkpoint, and drops what the log has from after it."""
-        self._load_state(path, processes.by_first(lambda: load_state(path)))
-        self.sound = processes.by_first(self.files.last_without_alarm)
+        self._go_on_from(path, processes.by_first(lambda: load_state(path)))
+
+    def _go_on_from(self, path: Path, state: Mapping[str, Any]) -> None:
+        self._load_state(path, state)
         processes.by_first(lambda: self.files.forget_after(self.iteration))
+        self.alarmed, self.sound = processes.by_first(self.files.alarmed)
 
     def _load_state(self, path: Path, state: Mapping[str, Any]) -> None:
         names = [str(spec.name) for spec in self.roles.specs]
@@ -375,3 +385,10 @@ class Run:
     def export(self, folder: Path) -> None:
         """Writes the evaluated weights, and others that the roles declare, for plain diffusers."""
         export_roles(folder, self.config.model, self.backbone, self.roles)
+
+
+def _noted(error: UserError, cause: Exception) -> UserError:
+    """With the notes of its cause: who of several processes tells of it."""
+    for note in getattr(cause, "__notes__", ()):
+        error.add_note(note)
+    return error

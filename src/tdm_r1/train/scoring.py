@@ -43,7 +43,7 @@ class LatentScorer:
         scores = self.scorer.total([joined(term) for term in zip(*chunks, strict=True)], group_size=self.group)
         self.scored += len(prompts)
         self.show_failures(scores)
-        self.watch(scores, self.group)
+        processes.together(lambda: self.watch(scores, self.group))  # all raise: one tells
         return scores
 
     def _each(self, latents: Tensor, prompts: Sequence[Prompt]) -> list[list[Scores]]:

@@ -11,7 +11,7 @@ from ..errors import UserError
 from ..evaluate.evaluation import Evaluation
 from .build import task_and_scorer
 from .folder import RunFolder
-from .launch import joined, restarted
+from .launch import joined, require_same_settings, restarted
 from .run import Run
 
 
@@ -25,7 +25,9 @@ def train(
     """
     with joined():
         files = RunFolder(config.folder)
-        resume = resume or (restarted() and bool(processes.by_first(files.checkpoints)))
+        require_same_settings(config)
+        again = processes.any_of(restarted())  # machines count their restarts apart
+        resume = resume or (again and bool(processes.by_first(files.checkpoints)))
         processes.by_first(lambda: _require_startable(files, config, resume=resume))
         config = with_student(config, console)
         return built(config, console).fit(resume=resume, start_from=start_from)
