@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 import sharded_world
 from processes_world import CASES, trained
 
+pytestmark = pytest.mark.slow
+
 TESTS = Path(__file__).parent
 LIMIT = 300  # seconds
 
@@ -68,7 +70,6 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", sharded_world.CASES)
 def test_a_transformer_spread_over_processes_gives_the_update_of_a_whole_one(case: str, sharded: Path):
     weights = sharded_world.trained(case, sharded, shard=False)
@@ -113,7 +114,6 @@ def require_same_log(one: list[dict], two: list[dict]) -> None:
                 assert b[name] == pytest.approx(value, rel=2e-3, abs=2e-4), name
 
 
-@pytest.mark.slow
 def test_a_run_of_two_processes_is_the_run_of_one_and_goes_on_in_another_number(tmp_path: Path):
     """By `accelerate launch`, then alone from its first checkpoint."""
     accelerate = (sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1")
@@ -130,7 +130,6 @@ def test_a_run_of_two_processes_is_the_run_of_one_and_goes_on_in_another_number(
     require_same_log(one, log_of(tmp_path / "two"))
 
 
-@pytest.mark.slow
 def test_torchrun_starts_a_run_again_from_its_last_checkpoint(tmp_path: Path):
     """A reward that kills its process at the second iteration, once; the run comes to its end all the same."""
     (tmp_path / "deadly.py").write_text(
@@ -153,7 +152,6 @@ def test_torchrun_starts_a_run_again_from_its_last_checkpoint(tmp_path: Path):
     assert iterations == [1, 2, 3]
 
 
-@pytest.mark.slow
 def test_two_machines_make_one_run(tmp_path: Path):
     """Two launchers on this machine, by the script of docs/scaling.md."""
     script = str(TESTS.parent / "docs" / "multi_node.sh")
@@ -179,7 +177,6 @@ def test_two_machines_make_one_run(tmp_path: Path):
     assert sorted(written) == [False, True]  # either may have become the first
 
 
-@pytest.mark.slow
 def test_what_one_process_raises_ends_all_and_is_told_once(tmp_path: Path):
     (tmp_path / "wrong.py").write_text(
         "import os\n"
