@@ -23,7 +23,7 @@ import psutil  # type: ignore[import-untyped]
 import torch
 
 from tdm_r1.train.checkpoint import load_state
-from tdm_r1.train.folder import RunFolder
+from tdm_r1.train.folder import RunFolder, iteration_of
 
 SETTINGS = (
     "--batch.prompts=2",
@@ -35,7 +35,7 @@ SETTINGS = (
     "--save-every=1",
 )
 STARTUP = 0.2  # share of the kills that come while the process starts
-LONGEST = 1.5  # seconds of work until a kill
+LONGEST = 1.5  # seconds after a process's first checkpoint until it is killed
 
 
 def command(folder: Path, name: str, iterations: int, processes: int) -> list[str]:
@@ -60,20 +60,20 @@ def kill_again_and_again(folder: Path, iterations: int, kills: int, processes: i
     done: list[str] = []
     while len(done) < kills:
         run = start(folder, "killed", iterations, processes)
-        before = progress(folder / "killed")
+        before = saved(folder / "killed")
         if rng.random() < STARTUP:
             doing = "starting"
             time.sleep(rng.uniform(0, 8))
         else:
             doing = "working"
-            while run.poll() is None and progress(folder / "killed") == before:
+            while run.poll() is None and saved(folder / "killed") == before:
                 time.sleep(0.02)
             time.sleep(rng.uniform(0, LONGEST))
         if run.poll() is not None:
             raise RuntimeError(f"the run ended with code {run.returncode} after {len(done)} kills")
         kill(run)
         done.append(doing)
-        print(f"{len(done)} kills, {progress(folder / 'killed')} bytes of log", flush=True)
+        print(f"{len(done)} kills, iteration {saved(folder / 'killed')}", flush=True)
     if code := start(folder, "killed", iterations, processes).wait():
         raise RuntimeError(f"the run ended with code {code} after all kills")
     return done
@@ -89,10 +89,9 @@ def kill(run: subprocess.Popen[bytes]) -> None:
     psutil.wait_procs(everyone[1:], timeout=30)
 
 
-def progress(run: Path) -> int:
-    """Bytes of the log."""
-    log = run / "metrics.jsonl"
-    return log.stat().st_size if log.exists() else 0
+def saved(run: Path) -> int:
+    """The iteration of the last checkpoint; 0 if there is none."""
+    return max(map(iteration_of, RunFolder(run).checkpoints()), default=0)
 
 
 def differences(folder: Path, iterations: int) -> list[str]:
