@@ -54,7 +54,7 @@ class Rollout:
 def micro_batches(rows: Tensor, size: int, *, group: int = 1) -> Iterator[Tensor]:
     """This process's share of ``rows`` [N], at most ``size`` at a time, see `Rollout.micro_batches`.
 
-    Every process gets as many micro-batches; the last may be empty (`core.processes.in_step`).
+    Every process gets the same number of micro-batches, so the last may be empty (`core.processes.in_step`).
     """
     own, size = processes.mine(rows, group), size // group * group
     yield from processes.in_step(own.split(size) if len(own) else [], processes.most(len(rows), group), size)

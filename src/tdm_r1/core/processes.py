@@ -43,8 +43,8 @@ def most(rows: int, unit: int = 1) -> int:
 
 
 def in_step(parts: Sequence[Tensor], rows: int, size: int) -> list[Tensor]:
-    """The parts of a share, and empty ones, so that every process has as many: a model whose weights are spread over
-    the processes computes in all of them or in none.
+    """The parts of a share, filled up with empty ones until every process has the same number of them: a model whose
+    weights are spread over the processes computes in all of them or in none.
 
     Args:
         parts: of at most ``size`` rows.

@@ -42,7 +42,7 @@ class Host:
         self.names = list(adapted)
         self.layers: list[Any] = list(adapted.values())
         self.base = [layer.base_layer.weight.data for layer in self.layers]
-        self.sharded = False  # the base's weights then change hands in FSDP alone
+        self.sharded = False  # whether FSDP owns the base weights, which then must not be set here
         self._trained: dict[str, list[nn.Parameter]] = {}
         self._frozen: list[nn.Parameter] = []
         self._acting: Acting | None = None
