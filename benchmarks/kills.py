@@ -105,7 +105,7 @@ def differences(folder: Path, iterations: int) -> list[str]:
         found += [
             f"log, iteration {a['iteration']}: {name}"
             for name in a.keys() | b.keys()
-            if "second" not in name and a.get(name) != b.get(name)
+            if "second" not in name and not equal(a.get(name), b.get(name))
         ]
     return found
 
@@ -125,7 +125,7 @@ def leaves(a: object, b: object, name: str = ""):
 def equal(a: object, b: object) -> bool:
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return torch.equal(a, b)
-    return a == b
+    return a == b or (a != a and b != b)  # NaN is equal to NaN here
 
 
 def markdown(rows: list[dict]) -> str:

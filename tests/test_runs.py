@@ -31,6 +31,7 @@ from tdm_r1.mini.bundle import bundle_path
 from tdm_r1.mini.pretrain import PretrainConfig
 from tdm_r1.models.load import resolve_model
 from tdm_r1.models.lora_files import lora_digest, read_lora
+from tdm_r1.models.protocol import Conditioning
 from tdm_r1.models.specification import Role
 from tdm_r1.train.folder import RunFolder
 from tdm_r1.train.run import Run
@@ -126,7 +127,7 @@ def test_a_surrogate_of_another_run_can_be_used_frozen(tiny_config: Make, tmp_pa
         metrics = run.step()
     assert metrics["generator/reward_part"] > 0
     assert "surrogate/loss" not in metrics
-    assert all(torch.equal(p, start[n]) for n, p in run.roles.weights(Role.SURROGATE).items())
+    assert all(torch.equal(p.cpu(), start[n].cpu()) for n, p in run.roles.weights(Role.SURROGATE).items())
 
 
 @pytest.mark.parametrize("loss", ["anchored", "preference"])
@@ -184,6 +185,16 @@ def test_the_surrogate_keeps_to_its_points_and_noise_levels(tiny_config: Make):
     assert (part[~inside] == 0).all()
 
 
+def inputs_of(run: Run) -> tuple[torch.Tensor, torch.Tensor, Conditioning]:
+    """Two latents, their times and conditioning, for a velocity."""
+    device = run.backbone.device
+    return (
+        torch.randn(2, 8, 8, 8).to(device),
+        torch.full((2,), 0.5, device=device),
+        run.embed(["a cross", "a red circle"]),
+    )
+
+
 def test_what_is_exported_may_carry_more_than_training_does(tiny_config: Make):
     """Training is the same to the last bit; the averaged generator has phi's change once more in its weights."""
     settings = [{"added_delta": 1.0, "added_delta_exported": w, "ema_decay": 0.0} for w in (None, 2.0)]
@@ -198,7 +209,7 @@ def test_what_is_exported_may_carry_more_than_training_does(tiny_config: Make):
     for once, twice, d in zip(*added, change, strict=True):
         torch.testing.assert_close(once, d, atol=1e-6, rtol=0)
         torch.testing.assert_close(twice, 2 * d, atol=1e-6, rtol=0)
-    inputs = torch.randn(2, 8, 8, 8), torch.full((2,), 0.5), as_trained.embed(["a cross", "a red circle"])
+    inputs = inputs_of(as_trained)
     outputs = []
     for run in (as_trained, more):
         with torch.no_grad(), run.roles.use(Role.GENERATOR_EMA) as velocity:
@@ -210,7 +221,7 @@ def test_what_is_exported_may_carry_more_than_training_does(tiny_config: Make):
 def test_the_limit_weakens_what_is_added_as_much_as_the_scale(tiny_config: Make, weights_of: str):
     surrogate = {"weights": weights_of, "added_delta": 0.5, "added_delta_exported": 2.0, "ema_decay": 0.0}
     run = Run(tiny_config(surrogate=surrogate, balance={"scale": 3.0, "limit": 1e-30}, iterations=2))
-    inputs = torch.randn(2, 8, 8, 8), torch.full((2,), 0.5), run.embed(["a cross", "a red circle"])
+    inputs = inputs_of(run)
 
     def acting(run: Run) -> torch.Tensor:
         with torch.no_grad(), run.roles.use(Role.GENERATOR) as velocity:

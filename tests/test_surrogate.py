@@ -241,17 +241,20 @@ def test_preference_accuracy_counts_pairs_of_a_group():
     assert preference_accuracy(torch.arange(6.0), torch.zeros(6), 3) == 0.0
 
 
-def test_the_probe_keeps_its_first_points():
-    probe = Probe()
+def test_the_probe_keeps_its_first_points_also_over_a_resume():
+    probe, resumed = Probe(), Probe()
     points = [(torch.full((2, 2, 1, 1), float(i)), torch.zeros(2), conditioning(2)) for i in range(3)]
 
     def direction(x_t: Tensor, t: Tensor, c: Conditioning) -> Tensor:
         assert x_t.eq(0).all()
         return torch.tensor([[1.0, 0.0], [0.0, 1.0]]).reshape(2, 2, 1, 1)
 
-    assert probe.cosines(*points[0], direction).isnan().tolist() == [True, True]
-    assert probe.cosines(*points[1], direction).tolist() == pytest.approx([1.0, 1.0])
-    assert probe.cosines(*points[2], lambda *p: -direction(*p)).tolist() == pytest.approx([-1.0, -1.0])
+    resumed.load_state(probe.state(), torch.device("cpu"))  # of a run that has not measured yet
+    assert probe.cosines(lambda: points[0], direction).isnan().tolist() == [True, True]
+    assert probe.cosines(lambda: points[1], direction).tolist() == pytest.approx([1.0, 1.0])
+    resumed.load_state(probe.state(), torch.device("cpu"))
+    for each in (probe, resumed):
+        assert each.cosines(lambda: points[2], lambda *p: -direction(*p)).tolist() == pytest.approx([-1.0, -1.0])
 
 
 def test_the_target_is_scaled_by_kappa():

@@ -198,9 +198,10 @@ def mixture_case(settings: dict, folder: Path) -> Case:
 
 
 def sd3_case(settings: dict, folder: Path) -> Case:
+    model = {"path": str(tiny_models.sd3(folder / "sd3", dual=True)), "device": "cpu", "resolution": 16}
     config = {
         "algorithm": "tdm_r1_release",
-        "model": {"path": str(tiny_models.sd3(folder / "sd3", dual=True)), "resolution": 16, "lora": {"rank": 4}},
+        "model": model | {"lora": {"rank": 4}},
         "batch": {"prompts": 2, "group": 4, "micro_batch": 4},
         "sampler": {"solver": "dpm"},
         "release": settings,

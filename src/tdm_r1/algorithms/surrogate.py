@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -167,10 +167,12 @@ class Surrogate:
         return flow.expand((t >= low) & (t <= high), x_t) * losses.reward_direction(x0_phi, x0_ref)
 
     def state(self) -> dict[str, Any]:
-        return {"optimizer": self.optimizer.state()}
+        return {"optimizer": self.optimizer.state(), "probe": self.probe.state()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self.optimizer.load_state(state.get("optimizer", state))  # in older checkpoints that was all
+        device = self.roles.parameters(Role.SURROGATE)[0].device
+        self.probe.load_state(state.get("probe", {}), device)
 
     # -------------------------------------------------------------------------------------- diagnostics
 
@@ -184,14 +186,18 @@ class Surrogate:
         advantage = advantage[rows]
         if not bool(advantage.any()):
             return {}
-        draw, own, sums = self.draw(rollout, noise, self.group_size), processes.mine(rows), Sums()
+        draw = self.draw(rollout, noise, self.group_size)
         parts = [self._implicit_reward(rollout, draw, some) for some in micro_batches(rows, self.micro_batch)]
         implicit = processes.gather(torch.cat(parts), len(rows))
-        here, direction = draw.rows(own), in_parts(part, self.micro_batch, most=processes.most(len(rows)))
-        cosines = self.probe.cosines(here.x_t, here.t, rollout.conditioning.rows(own), direction)
-        sums.add("surrogate/direction_cosine", cosines.sum(), 1 / len(rows))
         accuracy = preference_accuracy(implicit, advantage, self.group_size)
-        return {"surrogate/preference_accuracy": accuracy} | sums.read()
+
+        def points() -> tuple[Tensor, Tensor, Conditioning]:
+            here = draw.rows(rows)
+            return here.x_t, here.t, rollout.conditioning.rows(rows).compact()
+
+        direction = in_parts(part, self.micro_batch, most=processes.most(len(rows)))
+        cosine = float(self.probe.cosines(points, direction).mean())
+        return {"surrogate/preference_accuracy": accuracy, "surrogate/direction_cosine": cosine}
 
     def _implicit_reward(self, rollout: Rollout, draw: Draw, part: Tensor) -> Tensor:
         """By how much phi's change, on top of what its targets start from, explains the samples in ``part`` better."""
@@ -233,20 +239,37 @@ def _slope(sums: Tensor, beta: float) -> Tensor:
 
 
 class Probe:
-    """The first batch that it is given, kept, to compare successive reward directions on."""
+    """The first batch that it is given, kept, to compare successive reward directions on. Every process has all of it."""
 
     def __init__(self) -> None:
         self._points: tuple[Tensor, Tensor, Conditioning] | None = None
         self._last: Tensor | None = None
 
-    def cosines(self, x_t: Tensor, t: Tensor, c: Conditioning, direction_of: RewardPart) -> Tensor:
-        """Cosine of each sample between the direction now and at the last call, [B]; NaN at the first."""
-        self._points = self._points or (x_t, t, c)
-        direction = direction_of(*self._points).flatten(1)
+    def cosines(self, points: Callable[[], tuple[Tensor, Tensor, Conditioning]], direction_of: RewardPart) -> Tensor:
+        """Cosine of each sample between the direction now and at the last call, [B]; NaN at the first.
+
+        Args:
+            points: gives x_t, t and the conditioning of the batch; asked once.
+        """
+        self._points = self._points or points()
+        x_t, t, c = self._points
+        own = processes.mine(torch.arange(len(x_t)))
+        direction = processes.gather(direction_of(x_t[own], t[own], c.rows(own)).flatten(1), len(x_t))
         last, self._last = self._last, direction
         if last is None:
             return torch.full((len(direction),), math.nan)
-        return nn.functional.cosine_similarity(direction, last)
+        return nn.functional.cosine_similarity(direction, last.to(direction))
+
+    def state(self) -> dict[str, Any]:
+        if self._points is None:
+            return {}
+        x_t, t, c = self._points
+        return {"x_t": x_t, "t": t, "index": c.index, "conditioning": dict(c.tensors), "last": self._last}
+
+    def load_state(self, state: Mapping[str, Any], device: torch.device) -> None:
+        if state:
+            c = Conditioning(state["conditioning"], state["index"]).to(device)
+            self._points, self._last = (state["x_t"].to(device), state["t"].to(device), c), state["last"]
 
 
 def preference_accuracy(implicit: Tensor, advantage: Tensor, group_size: int) -> float:

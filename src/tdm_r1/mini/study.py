@@ -58,6 +58,10 @@ WORLDS: dict[str, dict[str, Any]] = {  # settings of every run of a study, on to
         "evaluation.also": ["mini"],
     },
 }
+OWN: dict[str, dict[str, Any]] = {  # and of those with this project's recipe: prompts without reward, as in mini_ocr
+    "mini": {},
+    "mini_signs": {"batch.kl_prompts": 64, "task.kl": "mini"},
+}
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,8 @@ class Study:
         """The row's settings, its budget in iterations."""
         world = dict(WORLDS[self.world])
         start = {} if "model.student_lora" in row.changes else {"model.student_lora": self.world}
-        changes = world | start | dict(row.changes)
+        own = OWN[self.world] if row.recipe == "mini" and "algorithm" not in row.changes else {}
+        changes = world | start | own | dict(row.changes)
         config = load_recipe(row.recipe or "mini").override(changes)
         iterations = max(round(self.scored * row.budget / (config.batch.prompts * config.batch.group)), 1)
         return config.override(
@@ -134,6 +139,7 @@ def one(study: Study, row: Row, seed: int, console: Console) -> tuple[dict[str, 
         config = _after(study, row, seed, config, console)
     record: dict[str, Any] = {"row": row.name, "seed": seed, "settings": settings_of(study, row, seed)}
     run = Run(config, console=console)
+    record["device"] = torch.cuda.get_device_name() if run.backbone.device.type == "cuda" else "CPU"
     if row.recipe is not None:
         _train(run, console)
         record |= cost(run)

@@ -83,8 +83,10 @@ def markdown(records: dict[str, list[Record]], world: str, stale: Collection[str
         "the methods every one that learns has scored the same number of images. Each figure is the mean over the",
         "seeds and two draws of evaluation noise, with the standard deviation over seeds where there are several;",
         "arrows say which way is better. A pass is one of the network over one image; a backward pass counts as two.",
-        "NFE: passes for an image when the model is used. Minutes do not compare: machines, threads and what ran",
-        "beside differ. Rows with † are of earlier settings (in their records) and have not been run again.",
+        "NFE: passes for an image when the model is used. Minutes do not compare: machines (CPU or GPU, as the records",
+        "say), threads and what ran beside differ. Rows with † are of earlier settings (in their records) and have not been run again.",
+        "",
+        "Lines are means over the seeds, bands their range:",
         "",
         f"![curves]({world}_curves.png)",
         "",
@@ -135,32 +137,35 @@ def cell(values: Sequence[Any]) -> str:
 
 
 def curves(records: dict[str, list[Record]], world: str, path: Path) -> None:
-    """Trained metric and Frechet distance over scored images, passes and seconds."""
+    """Trained metric and Frechet distance over scored images, passes and minutes: mean and range over the seeds.
+
+    Not of rows that go on from another's run.
+    """
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = [row for row in ALL if row.group == "methods" and any("curve" in r for r in records.get(row.name, ()))]
+    rows = [row for row in ALL if row.group == "methods" and row.after is None]
+    rows = [row for row in rows if any("curve" in r for r in records.get(row.name, ()))]
     if not rows:
         return
     figure = Figure(figsize=(15, 8), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 3)
     for k, row in enumerate(rows):
-        for record in (r for r in records[row.name] if "curve" in r):
-            points = record["curve"]
-            per_iteration = record["passes"] / record["iterations"] / 1e6
-            across = {
-                "scored images": [p["scored"] for p in points],
-                "million passes": [p["iteration"] * per_iteration for p in points],
-                "minutes": [p["seconds"] / 60 for p in points],
-            }
-            for i, metric in enumerate((TRAINED[world], "frechet")):
-                for axis, (label, xs) in zip(axes[i], across.items(), strict=True):
-                    first = record is records[row.name][0]
-                    style = {"color": colormaps["tab20"](k), "linewidth": 1.2, "marker": "."}
-                    axis.plot(xs, [p[metric] for p in points], label=row.name if first else None, **style)
-                    axis.set(xlabel=label, ylabel=metric, yscale="log" if metric == "frechet" else "linear")
+        own = [r for r in records[row.name] if "curve" in r]
+        across = {
+            "scored images": [[p["scored"] for p in r["curve"]] for r in own],
+            "million passes": [[p["iteration"] * r["passes"] / r["iterations"] / 1e6 for p in r["curve"]] for r in own],
+            "minutes": [[p["seconds"] / 60 for p in r["curve"]] for r in own],
+        }
+        for i, metric in enumerate((TRAINED[world], "frechet")):
+            values = np.array([[p[metric] for p in r["curve"]] for r in own])
+            for axis, (label, xs) in zip(axes[i], across.items(), strict=True):
+                x, color = np.mean(xs, axis=0), "black" if row.name == "tdm-r1" else colormaps["tab20"](k)
+                axis.fill_between(x, values.min(0), values.max(0), color=color, alpha=0.15, linewidth=0)
+                axis.plot(x, values.mean(0), label=row.name, color=color, linewidth=1.4, marker=".")
+                axis.set(xlabel=label, ylabel=metric, yscale="log" if metric == "frechet" else "linear")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
     with whole_file(path) as partial:
         figure.savefig(partial, format="png", dpi=80)

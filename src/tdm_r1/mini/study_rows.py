@@ -65,11 +65,11 @@ UNTUNED = {  # rewards on which the recipe is tried unchanged
 ROWS = (
     Row("base", "the base in 20 guided steps", model="base"),
     Row("start", "TDM: the 4-step start", model="start"),
-    Row("dgpo-many", "DGPO on the base in 10 guided steps", "mini", policy("dgpo", 3e-4)),
-    Row("grpo-many", "Flow-GRPO on the base in 10 guided steps", "mini", policy("flow_grpo", 3e-4)),
-    Row("grpo", "Flow-GRPO on the 4-step start", "mini", policy("flow_grpo", 3e-4, many_steps=False, noise_level=0.3)),
+    Row("dgpo-many", "DGPO on the base in 10 guided steps", "mini", policy("dgpo", 1e-3)),
+    Row("grpo-many", "Flow-GRPO on the base in 10 guided steps", "mini", policy("flow_grpo", 1e-3)),
+    Row("grpo", "Flow-GRPO on the 4-step start", "mini", policy("flow_grpo", 3e-4, many_steps=False, noise_level=0.7)),
     Row("nft", "DiffusionNFT on the 4-step start", "mini", policy("nft", 3e-4, many_steps=False, kl_weight=0.3)),
-    Row("dgpo", "DGPO on the 4-step start", "mini", policy("dgpo", 3e-4, many_steps=False, kl_weight=0.1)),
+    Row("dgpo", "DGPO on the 4-step start", "mini", policy("dgpo", 1e-3, many_steps=False, kl_weight=0.1)),
     Row(
         "dgpo-no-kl",
         "DGPO on the 4-step start without KL",
@@ -85,7 +85,7 @@ ROWS = (
     Row(
         "dgpo-then-tdm", "DGPO teacher, then TDM (Fig. 9)", "mini", {"algorithm": "tdm"}, after=("dgpo-many", "teacher")
     ),
-    Row("paper", "TDM-R1, the paper's text", "mini_paper"),
+    Row("paper", "TDM-R1, the paper's surrogate, clipped", "mini_paper", {"surrogate.trust_region": "clip"}),
     Row("release", "TDM-R1, the authors' code", "mini_release"),
     Row("tdm-r1", "TDM-R1, this project's recipe", "mini"),
     Row("p-phi", "its surrogate in 20 guided steps (Table 2)", model="surrogate", after=("tdm-r1", "surrogate")),

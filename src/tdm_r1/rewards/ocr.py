@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from rapidfuzz.distance import Levenshtein
 
 from ..errors import UserError
@@ -99,7 +100,10 @@ def rapidocr(*, detect: bool = True, turn: bool = True) -> Engine:
     """
     from rapidocr import RapidOCR
 
-    params: dict[str, Any] = {"Global.log_level": "error"}
+    params: dict[str, Any] = {
+        "Global.log_level": "error",
+        "EngineConfig.onnxruntime.intra_op_num_threads": torch.get_num_threads(),  # its own default is every core
+    }
     if not detect:
         params["Rec.rec_img_shape"] = LINE_SHAPE
     reader = RapidOCR(params=params)

@@ -41,8 +41,9 @@ def main(args: list[str]) -> int:
     from ..study_search import ALL
 
     if command.list:
+        width = max(len(row.name) for row in ALL) + 2
         for row in ALL:
-            print(f"{row.name:<44}{row.what}")
+            print(f"{row.name:<{width}}{row.what}")
         return 0
     names = {row.name for row in ALL}
     if unknown := [name for name in command.only if name not in names]:
