@@ -239,7 +239,7 @@ def _slope(sums: Tensor, beta: float) -> Tensor:
 
 
 class Probe:
-    """The first batch that it is given, kept, to compare successive reward directions on. Every process has all of it."""
+    """The first batch that it is given, kept, to compare successive reward directions on; the same in every process."""
 
     def __init__(self) -> None:
         self._points: tuple[Tensor, Tensor, Conditioning] | None = None
