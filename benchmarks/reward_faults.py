@@ -36,6 +36,10 @@ if TYPE_CHECKING:  # imported where they are used: worker processes read this fi
     from tdm_r1 import Run, RunConfig
 
 PROMPTS, GROUP, ITERATIONS, CHUNK, TIMEOUT = 3, 8, 4, 4, 3.0
+PLACES: dict[str, dict[str, Any]] = {
+    "2 worker processes": {"workers": 2},
+    "2 Ray actors": {"workers": 2, "backend": "ray"},
+}
 
 
 # ---------------------------------------------------------------------------------------------- rewards that fail
@@ -200,7 +204,7 @@ def measure(fault: str, place: str, reward: str, output: Path) -> dict[str, Any]
         "output": output,
         "iterations": 12 if reward.endswith(":constant") else ITERATIONS,
         "reward": reward,
-        "scoring": {"workers": 2 if place == "2 worker processes" else 0, "timeout": TIMEOUT, "chunk": CHUNK},
+        "scoring": PLACES.get(place, {}) | {"timeout": TIMEOUT, "chunk": CHUNK},
         "batch": {"prompts": PROMPTS, "group": GROUP},
     }
     config = load_recipe("mini").override(changes)
@@ -216,7 +220,7 @@ def measure(fault: str, place: str, reward: str, output: Path) -> dict[str, Any]
     }
     if not got.stopped:
         healthy_run = train(config.override({"reward": f"{__file__}:healthy"}))
-        masked = train(config.override({"scoring.workers": 0}), Masked(got.masks))
+        masked = train(config.override({"scoring": {"timeout": TIMEOUT}}), Masked(got.masks))
         row["seconds_lost"] = round(got.seconds - healthy_run.seconds, 1)
         row["same_weights"] = all(torch.equal(p, masked.weights[n]) for n, p in got.weights.items())
         row["differs_from_healthy"] = any(not torch.equal(p, healthy_run.weights[n]) for n, p in got.weights.items())
@@ -235,6 +239,13 @@ def main() -> None:
         ("hangs", "2 worker processes", hangs),
         ("dies by signal 11", "2 worker processes", dies),
         ("dies after answering", "2 worker processes", dies_later),
+        ("raises for some batches", "2 Ray actors", raises),
+        ("returns the wrong length for some batches", "2 Ray actors", wrong_length),
+        ("hangs", "2 Ray actors", hangs),
+        ("dies by signal 11", "2 Ray actors", dies),
+        ("dies after answering", "2 Ray actors", dies_later),
+        ("calls sys.exit", "2 Ray actors", exits),
+        ("raises always", "2 Ray actors", always_raises),
         ("calls sys.exit", "this process", exits),
         ("raises always", "this process", always_raises),
         ("is constant", "this process", constant),
@@ -263,8 +274,8 @@ def page(rows: list[dict[str, Any]]) -> str:
         "# When a reward fails",
         "",
         f"Written by `python benchmarks/reward_faults.py`; not edited by hand. {ITERATIONS} iterations of TDM-R1 on",
-        f"the bundled mini model, {PROMPTS} prompts x {GROUP} pictures, chunks of {CHUNK} in worker processes and to",
-        f"the server, timeout {TIMEOUT:g} s. The fault strikes in every second iteration, on about a third of one",
+        f"the bundled mini model, {PROMPTS} prompts x {GROUP} pictures, chunks of {CHUNK} in workers and to the",
+        f"server, timeout {TIMEOUT:g} s. The fault strikes in every second iteration, on about a third of one",
         "group's pictures. *Time lost* is against the same run with a healthy reward in the same place (for a server:",
         "in the training process). *Same weights*: whether a run that is told to miss the same scores, and fails in",
         "nothing, ends with the same weights, bit for bit, in generator, fake score, surrogate and its average.",

@@ -85,3 +85,10 @@ def dies_loading(name):
 
 def here(name: str) -> str:
     return f"{__file__}:{name}"
+
+
+def named(images, prompts, metadata):
+    return np.full(len(images), float(os.environ["WHO"]))
+
+
+named_again = named

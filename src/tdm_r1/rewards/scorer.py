@@ -1,4 +1,4 @@
-"""The reward of a run: a weighted sum of rewards, each in this process, in worker processes or behind HTTP."""
+"""The reward of a run: a weighted sum of rewards, each in this process, in workers or behind HTTP."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ..errors import UserError
 from ..plugins import import_name
 from ..tasks.protocol import Prompt
 from .http import RemoteReward
+from .ray_actors import RayActors
 from .registry import BUILT_IN, load_reward
 from .scores import Reward, Scores, attempt
 from .settings import ScoringConfig
@@ -64,6 +65,8 @@ class Scorer:
         c = self.config
         if name.startswith(("http://", "https://")):
             return RemoteReward(name, timeout=c.timeout, chunk=c.chunk, connections=max(c.workers, 1))
+        if c.backend == "ray":
+            return RayActors(name, load_reward, c, c.environments.get(name, {}))
         if c.workers:
             return Workers(
                 name,
@@ -78,7 +81,7 @@ class Scorer:
     @property
     def parallel(self) -> int:
         """Batches that may be scored at once: a reward in this process takes one at a time."""
-        apart = all(isinstance(reward, Workers | RemoteReward) for reward in self.rewards)
+        apart = all(isinstance(reward, Workers | RayActors | RemoteReward) for reward in self.rewards)
         return max(self.config.workers, 1) if apart else 1
 
     def __call__(self, images: np.ndarray, prompts: Sequence[Prompt]) -> Scores:
@@ -127,9 +130,9 @@ class Scorer:
         return Scores(total, parts, tuple(failures))
 
     def close(self) -> None:
-        """Ends worker processes; they start again when needed."""
+        """Ends worker processes and actors; they start again when needed."""
         for reward in self.rewards:
-            if isinstance(reward, Workers):
+            if isinstance(reward, Workers | RayActors):
                 reward.close()
 
 

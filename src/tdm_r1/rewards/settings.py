@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ..settings import Settings
 
@@ -12,7 +12,21 @@ from ..settings import Settings
 class ScoringConfig(Settings):
     """Where and how rewards are computed. Every default is ours."""
 
-    workers: int = Field(0, ge=0, description="Processes for each reward; 0 scores in the training process.")
+    workers: int = Field(
+        0, ge=0, description="Processes, or Ray actors, for each reward; 0 scores in the training process."
+    )
+    backend: Literal["processes", "ray"] = Field(
+        "processes", description="What the workers are: processes of this machine, or actors of Ray."
+    )
+    ray_address: str | None = Field(
+        None, description="Of a Ray cluster (auto: the one of this machine); default: a Ray of this run's own."
+    )
+    gpus: float = Field(
+        0.0, ge=0, description="GPUs of each Ray actor: 0.25 lets four share one; with 0 rewards run on the CPU there."
+    )
+    environments: dict[str, dict[str, Any]] = Field(
+        {}, description="Ray's runtime_env by reward, for packages that the run lacks: {hpsv3: {pip: [hpsv3]}}."
+    )
     timeout: float = Field(60.0, gt=0, description="Seconds that a worker or a server may take for a chunk.")
     load_timeout: float = Field(
         1800.0, gt=0, description="Seconds that a worker may take to load its reward, downloads included."
@@ -21,3 +35,14 @@ class ScoringConfig(Settings):
     normalize: Literal["none", "group"] = Field(
         "none", description="group: each reward of a sum is given mean 0 and deviation 1 in each group first."
     )
+
+    @model_validator(mode="after")
+    def _of_one_backend(self) -> ScoringConfig:
+        if self.backend == "ray":
+            if not self.workers:
+                raise ValueError("scoring.backend = 'ray' with scoring.workers = 0: there are no actors; raise workers")
+            return self
+        for name in ("ray_address", "gpus", "environments"):
+            if value := getattr(self, name):
+                raise ValueError(f"scoring.{name} = {value!r} with scoring.backend = 'processes': it is for 'ray'")
+        return self

@@ -14,10 +14,8 @@ import numpy as np
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
 from ..errors import UserError
-from .scores import Reward, Scores, attempt, joined, missing
-
-_here: dict[str, Any] = {}  # in a worker process: how to load the reward, and the reward or why there is none
-
+from .loading import LoadedReward, NotLoadedError
+from .scores import Reward, Scores, joined, missing
 
 PROBE_AFTER = 2.0  # seconds
 
@@ -26,38 +24,23 @@ class TaskLostError(Exception):
     """A worker died with a task that the pool believes to be waiting."""
 
 
-class NotLoadedError(Exception):
-    """A worker has no reward to score with."""
+_here: list[LoadedReward] = []  # in a worker process
 
 
 def _start(load: Callable[[str], Reward], name: str) -> None:
-    _here.update(load=load, name=name, told=False)
-    _load()
+    _here.append(LoadedReward(load, name))
 
 
-def _load() -> None:
-    try:
-        _here["reward"] = _here["load"](_here["name"])
-    except (Exception, SystemExit) as error:  # told with a chunk: a pool whose workers do not start would hang
-        _here["error"] = f"{error or type(error).__name__}"
+def _ready() -> None:
+    _here[0].ready()
+
+
+def _score(images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> Scores:
+    return _here[0].score(images, prompts, metadata)
 
 
 def _nothing() -> None:
     """A task that does nothing; see `Workers._wait`."""
-
-
-def _ready() -> None:
-    """Raises NotLoadedError if there is no reward; after that was told, loading is tried again first."""
-    if "reward" not in _here and _here["told"]:
-        _load()
-    if "reward" not in _here:
-        _here["told"] = True
-        raise NotLoadedError(_here["error"])
-
-
-def _score(images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]) -> Scores:
-    _ready()
-    return attempt(_here["reward"], images, prompts, metadata)
 
 
 @dataclass(frozen=True)

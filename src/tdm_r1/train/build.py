@@ -7,6 +7,7 @@ import torch
 from ..algorithms.protocol import Algorithm
 from ..algorithms.registry import ALGORITHMS
 from ..config.run import TRACKERS, RunConfig
+from ..errors import UserError
 from ..models.create import create_roles
 from ..models.load import adapter_settings, resolve_model
 from ..models.lora_files import load_lora
@@ -38,6 +39,10 @@ def task_and_scorer(config: RunConfig, reward: Reward | None = None) -> tuple[Ta
         load_task(TaskConfig(name=name))
     task = load_task(config.task)
     scorer = Scorer(config.reward, config.scoring, reward=reward)
+    names = [term.name for term in scorer.terms]
+    for name in config.scoring.environments:
+        if name not in names:
+            raise UserError(f"scoring.environments has {name!r}: the reward is made of {', '.join(names)}; name one")
     scorer.check([*task.known, *task.eval_prompts(config.evaluation.prompts)])
     return task, scorer
 
