@@ -50,14 +50,13 @@ def test_an_update_is_adamws_with_the_clipped_gradient():
 def test_updates_without_a_finite_gradient_are_skipped_and_five_in_a_row_stop():
     p, found = optimizer(warmup_steps=1)
 
-    def update(value: float) -> None:
+    def update(value: float) -> float:
         p.grad = torch.full_like(p, value)
-        found.step()
+        return found.step()["skipped"]
 
-    for _ in range(4):
-        update(math.nan)
+    assert [update(math.nan) for _ in range(4)] == [1.0] * 4
     assert not p.any()
-    update(1.0)
+    assert update(1.0) == 0.0
     assert p.all()
     for _ in range(4):
         update(math.inf)

@@ -172,9 +172,14 @@ def test_a_diverged_run_names_the_checkpoints_that_there_are(tiny_config: Make, 
         return step()
 
     run.step = diverges  # type: ignore[method-assign]
-    with pytest.raises(UserError, match=r"has diverged.*--resume --from ITERATION; there are checkpoints of 1, 2$"):
+    told = r"has diverged\. The last batch is in .*--resume --from ITERATION; there are checkpoints of 1, 2$"
+    with pytest.raises(UserError, match=told):
         run.fit()
     assert [iteration_of(p) for p in run.checkpoints()] == [1, 2]
+    batch = checkpoint.load_state(run.folder / "diverged.safetensors")
+    assert batch["iteration"] == 1
+    n = len(batch["prompts"])
+    assert (batch["latents"].shape[0], len(batch["scores"])) == (n, n)
 
 
 def test_a_full_disk_costs_nothing_that_was_whole(tiny_config: Make, monkeypatch):

@@ -54,7 +54,8 @@ class Optimizer:
         return self.adamw.param_groups[0]["lr"]
 
     def step(self) -> dict[str, float]:
-        """Updates the weights and drops the gradients; returns the gradient's norm before clipping, and the rate.
+        """Updates the weights and drops the gradients; returns the gradient's norm before clipping, the rate, and 1 if
+        the update was skipped, else 0.
 
         The gradient is the sum of those of all processes.
         """
@@ -72,7 +73,7 @@ class Optimizer:
                 f"the gradient was not finite in {MAX_SKIPPED} updates in a row: the run has diverged; go on from an "
                 "earlier checkpoint with a lower learning rate"
             )
-        return {"grad_norm": norm, "learning_rate": rate}
+        return {"grad_norm": norm, "learning_rate": rate, "skipped": float(not finite)}
 
     def _advance(self) -> None:
         """Sets the rate of the next update. Skipped updates count too: PyTorch warns if the first one was skipped."""

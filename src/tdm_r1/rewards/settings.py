@@ -25,7 +25,7 @@ class ScoringConfig(Settings):
         0.0, ge=0, description="GPUs of each Ray actor: 0.25 lets four share one; with 0 rewards run on the CPU there."
     )
     environments: dict[str, dict[str, Any]] = Field(
-        {}, description="Ray's runtime_env by reward, for packages that the run lacks: {hpsv3: {pip: [hpsv3]}}."
+        {}, description="Ray's runtime_env by reward, for packages that the run lacks: {my.py:score: {pip: [lpips]}}."
     )
     timeout: float = Field(60.0, gt=0, description="Seconds that a worker or a server may take for a chunk.")
     load_timeout: float = Field(

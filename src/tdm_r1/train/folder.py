@@ -126,6 +126,11 @@ class RunFolder:
         """Oldest first."""
         return sorted((self.path / "checkpoints").glob("iteration_*.safetensors"))
 
+    @property
+    def diverged(self) -> Path:
+        """The last batch of a run that has diverged."""
+        return self.path / "diverged.safetensors"
+
     def checkpoint(self, iteration: int) -> Path:
         """Where the checkpoint after an iteration is, or is to be."""
         return self.path / "checkpoints" / f"iteration_{iteration:06d}.safetensors"

@@ -73,6 +73,7 @@ class Run:
         self.alarmed, self.sound = False, 0  # whether any was raised; the last evaluated iteration before that
         self.iteration = 0
         self.seconds = 0.0
+        self.batch: dict[str, Any] = {}  # the last that was scored, to be looked at if the run diverges
 
     # -------------------------------------------------------------------------------------- one iteration
 
@@ -88,6 +89,8 @@ class Run:
         def score(latents: Tensor) -> Tensor:
             scores = self.scoring(latents, prompts)
             parts.update({f"reward_parts/{name}": mean_of(part) for name, part in scores.parts.items()})
+            texts = [p.text for p in prompts]
+            self.batch = {"iteration": i, "prompts": texts, "latents": latents, "scores": scores.values.tolist()}
             return torch.from_numpy(scores.values)
 
         noise = torch_rng(c.seed, i, "algorithm")
@@ -216,12 +219,24 @@ class Run:
         except FloatingPointError as error:  # what has diverged is not saved
             if processes.rank():
                 error.add_note(RAISED_ELSEWHERE)  # all raise it
+            else:
+                error.args = (f"{error}{self._batch_saved()}",)
             if not self.files.checkpoints():
                 raise
             known = f"there are checkpoints of {listed(self.files.checkpoints())}"
             raise _noted(UserError(f"{error}. {self._going_on(earlier=True)}; {known}"), error) from error
         finally:
             self.scorer.close()
+
+    def _batch_saved(self) -> str:
+        """Writes the last batch: prompts, final latents [B, C, H, W] and scores (`checkpoint.load_state` reads it)."""
+        if not self.batch:  # a distillation scores none
+            return ""
+        try:
+            save_state(self.files.diverged, self.batch)
+        except OSError as error:
+            return f". The last batch could not be saved ({error})"
+        return f". The last batch is in {self.files.diverged}"
 
     def _saved(self) -> str:
         """Saves once more, and says what there is to go on from."""
