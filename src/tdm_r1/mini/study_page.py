@@ -31,7 +31,11 @@ PARTS = {
     "search": "The search of each method's settings",
 }
 INTRODUCTIONS = {  # before a part's table
-    "release": ["From `mini_release`, on half of the images.", ""],
+    "release": [
+        "From `mini_release`, on half of the images; its own figures there are those of the row `release: lr 0.0001,",
+        "surrogate 0.0003, beta 1.0` of the search.",
+        "",
+    ],
     "rewards": [
         "The recipe unchanged. The first figure in the column reward is the start's, on the noise of the run's own",
         "evaluations. What such a reward costs in held-out metrics even if it is followed exactly is in",
