@@ -134,6 +134,24 @@ def test_a_recipe_extends_another_key_by_key(tmp_path: Path):
         load_recipe(str(file))
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "holds nothing"),
+        (b"- mini\n", "holds a list"),
+        (b"\x89PNG\xff", "is no text in UTF-8"),
+        (b"extends: mini\nname: a\nname: b\n", r"name is given twice .*line 1"),
+        (b"extends: mini\nbatch: {group: 2, group: 3}\n", "group is given twice"),
+        (b"a: !!python/object/apply:os.getcwd []\n", "could not determine a constructor"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_named(content: bytes, message: str, tmp_path: Path):
+    file = tmp_path / "mine.yaml"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=rf"mine\.yaml' .*{message}"):
+        load_recipe(str(file))
+
+
 # ------------------------------------------------------------------------------------------ command line
 
 
@@ -161,6 +179,7 @@ PROMPTS = ("--task.name", "prompts", "--task.weights", "None", "--task.prompts")
         (["train", "mini", "--model.device", "cuda"], "model.device = 'cuda' cannot be used"),
         (["train", "mini", "--from", "3"], "--from = 3: works only together with --resume"),
         (["sample", "--prompt", "a circle", "--lora", "gone"], "no LoRA at 'gone'"),
+        (["sample", "--prompt", "a circle", "--images", "0"], "--images = 0: at least one"),
     ],
 )
 def test_errors_are_one_line(args: list[str], message: str, capsys, tmp_path: Path, monkeypatch):

@@ -99,6 +99,14 @@ def test_settings_that_change_what_is_computed_are_refused_by_name(setting, valu
         read_lora(tmp_path / "peft")
 
 
+@pytest.mark.parametrize(("text", "message"), [('{"r": ', "are no JSON"), ("[]", "are a list")])
+def test_settings_that_are_damaged_name_their_file(text: str, message: str, random_model: Path, tmp_path: Path):
+    written(random_model, tmp_path)
+    (tmp_path / "peft" / "adapter_config.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"adapter_config\.json: the LoRA's settings {message}"):
+        read_lora(tmp_path / "peft")
+
+
 def test_other_names_are_named(random_model: Path, tmp_path: Path):
     written(random_model, tmp_path)
     weights = load_file(tmp_path / "diffusers" / FILE)

@@ -168,6 +168,9 @@ def test_a_reward_of_ones_own_may_import_its_neighbours(tmp_path: Path):
     (tmp_path / "lost.py").write_text("import no_such_neighbour\n")
     with pytest.raises(ValueError, match=r"lost\.py' cannot be imported: No module named 'no_such_neighbour'"):
         load_reward(f"{tmp_path}/lost.py:f")
+    (tmp_path / "wrong.py").write_text("def f(:\n")
+    with pytest.raises(ValueError, match=r"wrong\.py' cannot be imported: SyntaxError: .*line 1"):
+        load_reward(f"{tmp_path}/wrong.py:f")
 
 
 def test_prompts_go_with_pictures_by_name(folder: Path, tmp_path: Path):

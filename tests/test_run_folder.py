@@ -328,7 +328,7 @@ def test_a_run_goes_on_behind_what_is_damaged(finished: Path, capsys):
     assert logged(finished) == rows
     for old in RunFolder(finished).checkpoints():
         old.write_bytes(b"nothing")
-    with pytest.raises(UserError, match=r"none of the checkpoints in .* can be read"):
+    with pytest.raises(UserError, match=r"none of the checkpoints in .* can be read.*Of the oldest: .*damaged"):
         Run(config).open(resume=True)
 
 

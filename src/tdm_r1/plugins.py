@@ -49,9 +49,14 @@ def import_name(name: str, setting: str) -> Any:
         sys.path.append(os.getcwd())
     try:
         module = import_module(module_name)
-    except ImportError as error:
-        raise ValueError(f"{setting} = {name!r}: {module_name} cannot be imported ({error})") from error
+    except Exception as error:  # it is a user's: anything may be wrong with it
+        raise ValueError(f"{setting} = {name!r}: {module_name} cannot be imported ({told(error)})") from error
     if not hasattr(module, attribute):
         have = ", ".join(n for n in vars(module) if callable(getattr(module, n)) and not n.startswith("_"))
         raise ValueError(f"{setting} = {name!r}: {module_name} has no {attribute!r}; it has: {have or 'nothing'}")
     return getattr(module, attribute)
+
+
+def told(error: Exception) -> str:
+    """What is wrong with a module that cannot be imported."""
+    return str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"

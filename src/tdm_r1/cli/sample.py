@@ -59,6 +59,8 @@ def main(args: list[str]) -> int:
     prompts = [p.strip() for p in command.prompt.split("|") if p.strip()]
     if not prompts:
         raise UserError(f"--prompt = {command.prompt!r}: give at least one prompt")
+    if command.images < 1:
+        raise UserError(f"--images = {command.images}: at least one picture of each prompt is needed")
     if command.out.is_dir():
         raise UserError(f"--out = {str(command.out)!r} is a folder: name a PNG in it")
     from ..evaluate import pictures

@@ -94,25 +94,44 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _recipe_values(name: str, seen: tuple[str, ...] = ()) -> Any:
     if name in seen:
         raise UserError(f"extends = {name!r}: recipe {name!r} extends itself; name another one")
-    path = Path(name)
-    if name in recipe_names():
-        text = recipe_text(name)
-    elif _is_folder(name):
-        text = (path / CONFIG_FILE).read_text(encoding="utf-8")
-    elif path.suffix in (".yaml", ".yml") and path.is_file():
-        text = path.read_text(encoding="utf-8")
-    else:
-        raise UserError(
-            f"recipe {name!r} is neither a run's folder, nor a YAML file, nor one of: {', '.join(recipe_names())}"
-        )
-    try:
-        values = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise UserError(f"recipe {name!r} is not valid YAML: {' '.join(str(error).split())}") from error
-    if isinstance(values, dict) and "extends" in values:
+    values = _parsed(name)
+    if "extends" in values:
         base = values.pop("extends")
         return _merged(_recipe_values(str(base), (*seen, name)), values)
     return values
+
+
+def _parsed(name: str) -> dict[str, Any]:
+    """What a recipe's file says. Raises UserError, with the file's name, if that is no group of settings."""
+    path = Path(name)
+    if name not in recipe_names():
+        if _is_folder(name):
+            path = path / CONFIG_FILE
+        elif path.suffix not in (".yaml", ".yml") or not path.is_file():
+            raise UserError(
+                f"recipe {name!r} is neither a run's folder, nor a YAML file, nor one of: {', '.join(recipe_names())}"
+            )
+    try:
+        text = recipe_text(name) if name in recipe_names() else path.read_text(encoding="utf-8")
+        values = yaml.load(text, _Unambiguous)
+    except UnicodeDecodeError as error:
+        raise UserError(f"recipe {str(path)!r} is no text in UTF-8: a YAML file is needed") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"recipe {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        held = "nothing" if values is None else f"a {type(values).__name__}"
+        raise UserError(f"recipe {str(path)!r} holds {held}: settings are needed, such as `extends: mini`")
+    return values
+
+
+class _Unambiguous(yaml.SafeLoader):
+    """A key that is given twice is an error, not the last one's value."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -123,9 +123,9 @@ def read_lora(lora: str | Path, *, strength: float | None = None) -> LoraFile:
     weights = {_plain_name(name, path): w for name, w in tensors.items()}
     config_file = path.with_name("adapter_config.json")
     if path.name == PEFT_FILE and config_file.is_file():
-        settings = json.loads(config_file.read_text(encoding="utf-8"))
+        settings = _settings(config_file.read_text(encoding="utf-8"), config_file)
     else:
-        known = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+        known = _settings(metadata.get("lora_adapter_metadata", "{}"), path)
         settings = {k.removeprefix("transformer."): v for k, v in known.items() if k.startswith("transformer.")}
     if not settings and strength is not None:
         rank = max((w.shape[0] for n, w in weights.items() if n.endswith(_DOWN)), default=0)
@@ -212,6 +212,17 @@ def lora_digest(lora: str | Path) -> str:
     for name in sorted(tensors):
         digest.update(save({name: tensors[name]}))
     return digest.hexdigest()
+
+
+def _settings(text: str, file: Path) -> dict[str, Any]:
+    """The settings of a LoRA. Raises ValueError, with the file's name, if that is no JSON object."""
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}: the LoRA's settings are no JSON ({error}); download it again") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file}: the LoRA's settings are a {type(found).__name__}, no JSON object")
+    return found
 
 
 def lora_file(lora: str | Path) -> Path:

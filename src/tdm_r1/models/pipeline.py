@@ -240,7 +240,9 @@ def _hub_errors(path: str) -> Iterator[None]:
         yield
     except (OSError, HFValidationError) as error:
         if Path(path).exists():
-            raise
+            raise ValueError(
+                f"model {path!r} is a folder, but no whole pipeline can be read from it: {error}"
+            ) from error
         reasons = (error, error.__cause__)  # diffusers tries its cache first, and raises its own error from the hub's
         if any(isinstance(reason, GatedRepoError) for reason in reasons):
             fix = f"is behind a licence: accept it at https://huggingface.co/{path}, then log in with `hf auth login`"

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..plugins import import_name, is_outside
+from ..plugins import import_name, is_outside, told
 from .scores import Reward
 
 GIVEN = "python:"  # before the name of a function that a run was given, in its saved settings
@@ -211,8 +211,8 @@ def _users_own(name: str, file: Path, function: str) -> Reward:
         sys.path.append(beside)  # it may import its neighbours
     try:
         spec.loader.exec_module(module)
-    except ImportError as error:
-        raise ValueError(f"reward = {name!r}: {str(file)!r} cannot be imported: {error}") from error
+    except Exception as error:  # it is a user's: anything may be wrong with it
+        raise ValueError(f"reward = {name!r}: {str(file)!r} cannot be imported: {told(error)}") from error
     reward = getattr(module, function, None)
     if not callable(reward):
         have = ", ".join(n for n in vars(module) if callable(getattr(module, n)) and not n.startswith("_"))

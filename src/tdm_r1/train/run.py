@@ -333,13 +333,16 @@ class Run:
         """Goes on from the last checkpoint that can be read."""
 
         def readable() -> tuple[Path, Any]:
+            why = ""
             for path in reversed(self.files.checkpoints()):
                 try:
                     return path, load_state(path)
                 except DamagedError as error:
                     self.console.print(f"{error}: trying the one before", style="yellow", markup=False)
+                    why = str(error)
             raise UserError(
-                f"--resume: none of the checkpoints in {self.folder / 'checkpoints'} can be read; start a new run"
+                f"--resume: none of the checkpoints in {self.folder / 'checkpoints'} can be read; start a new run. "
+                f"Of the oldest: {why}"
             )
 
         self._go_on_from(*processes.by_first(readable))
