@@ -1,9 +1,10 @@
-"""A run that is killed again and again, at random moments, against one that is left alone.
+"""A run that is stopped again and again, at random moments, against one that is left alone.
 
-Run: ``python benchmarks/kills.py [--kills 50] [--processes 1]`` (writes docs/results/kills.json and .md). The recipe
-`mini` on small batches that saves after each iteration, evaluates after every third, and goes on with --resume after
-each SIGKILL. Equal means: every weight and optimizer state of the last checkpoint to the last bit, and every row of the
-log but for times.
+Run: ``python benchmarks/kills.py [--by SIGKILL] [--kills 50] [--processes 1]`` (writes docs/results/kills.json, .md).
+The recipe `mini` on small batches that saves after each iteration, evaluates after every third, and goes on with
+--resume each time. It is stopped by SIGKILL, by a disk that is filled (one in memory; for root on Linux), or by a limit
+on its memory, which is set while it runs (Linux). Equal means: every weight and optimizer state of the last checkpoint
+to the last bit, and every row of the log but for times.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
@@ -25,6 +27,7 @@ import torch
 from tdm_r1.train.checkpoint import load_state
 from tdm_r1.train.folder import RunFolder, iteration_of
 
+Stop = Callable[[subprocess.Popen[bytes], Path], None]
 SETTINGS = (
     "--batch.prompts=2",
     "--batch.group=3",
@@ -55,8 +58,10 @@ def start(folder: Path, name: str, iterations: int, processes: int) -> subproces
     )
 
 
-def kill_again_and_again(folder: Path, iterations: int, kills: int, processes: int, rng: random.Random) -> list[str]:
-    """Kills the run ``kills`` times, then lets it end. Returns what each was doing: starting or working."""
+def stop_again_and_again(
+    folder: Path, iterations: int, kills: int, processes: int, rng: random.Random, stop: Stop
+) -> list[str]:
+    """Stops the run ``kills`` times, then lets it end. Returns what each was doing: starting or working."""
     done: list[str] = []
     while len(done) < kills:
         run = start(folder, "killed", iterations, processes)
@@ -70,16 +75,16 @@ def kill_again_and_again(folder: Path, iterations: int, kills: int, processes: i
                 time.sleep(0.02)
             time.sleep(rng.uniform(0, LONGEST))
         if run.poll() is not None:
-            raise RuntimeError(f"the run ended with code {run.returncode} after {len(done)} kills")
-        kill(run)
+            raise RuntimeError(f"the run ended with code {run.returncode} after {len(done)} stops")
+        stop(run, folder)
         done.append(doing)
-        print(f"{len(done)} kills, iteration {saved(folder / 'killed')}", flush=True)
+        print(f"{len(done)} stops, iteration {saved(folder / 'killed')}", flush=True)
     if code := start(folder, "killed", iterations, processes).wait():
-        raise RuntimeError(f"the run ended with code {code} after all kills")
+        raise RuntimeError(f"the run ended with code {code} after all stops")
     return done
 
 
-def kill(run: subprocess.Popen[bytes]) -> None:
+def kill(run: subprocess.Popen[bytes], folder: Path) -> None:
     """The process and all that it has started: a launcher's workers have groups of their own."""
     everyone = [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]
     for process in everyone:
@@ -87,6 +92,47 @@ def kill(run: subprocess.Popen[bytes]) -> None:
             process.kill()
     run.wait()
     psutil.wait_procs(everyone[1:], timeout=30)
+
+
+def fill_disk(run: subprocess.Popen[bytes], folder: Path) -> None:
+    """Leaves no space until the run has ended with an error."""
+    filler = folder / "filler"
+    while run.poll() is None:
+        with suppress(OSError), filler.open("ab", buffering=0) as file:
+            while True:
+                file.write(bytes(1 << 12))
+        time.sleep(0.05)
+    filler.unlink()
+    if run.returncode != 2:
+        raise RuntimeError(f"a full disk ended the run with code {run.returncode}, not 2")
+
+
+def limit_memory(run: subprocess.Popen[bytes], folder: Path) -> None:
+    """Allows the run no more address space than it has, until that has ended it."""
+    process = psutil.Process(run.pid)
+    with suppress(psutil.NoSuchProcess):
+        now = process.memory_info().vms
+        process.rlimit(psutil.RLIMIT_AS, (now, now))
+    if not run.wait(timeout=600):
+        raise RuntimeError("the run came to its end in spite of the limit")
+
+
+STOPS: dict[str, Stop] = {"SIGKILL": kill, "full-disk": fill_disk, "no-memory": limit_memory}
+
+
+@contextmanager
+def place_of_runs(by: str) -> Iterator[Path]:
+    """A temporary folder; a disk of its own where it is to be filled."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        if by != "full-disk":
+            yield folder
+            return
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=500m", "tmpfs", place], check=True)
+        try:
+            yield folder
+        finally:
+            subprocess.run(["umount", place], check=True)
 
 
 def saved(run: Path) -> int:
@@ -130,39 +176,42 @@ def equal(a: object, b: object) -> bool:
 
 def markdown(rows: list[dict]) -> str:
     lines = [
-        "# Killed runs",
+        "# Stopped runs",
         "",
-        "Written by `python benchmarks/kills.py`. SIGKILL at random moments, then `--resume`; the last checkpoint and",
-        "the log against those of a run that was left alone.",
+        "Written by `python benchmarks/kills.py`. A run is stopped at random moments and goes on with `--resume`; its",
+        "last checkpoint and its log are compared with those of a run that was left alone, to the last bit.",
         "",
-        "| processes | iterations | kills while working | while starting | different at the end |",
-        "|---|---|---|---|---|",
+        "| stopped by | processes | iterations | while working | while starting | different at the end |",
+        "|---|---|---|---|---|---|",
     ]
     for r in rows:
         working, starting = (r["kills"].count(what) for what in ("working", "starting"))
         different = ", ".join(r["different"]) or "nothing"
-        lines.append(f"| {r['processes']} | {r['iterations']} | {working} | {starting} | {different} |")
+        lines.append(f"| {r['by']} | {r['processes']} | {r['iterations']} | {working} | {starting} | {different} |")
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--by", choices=list(STOPS), default="SIGKILL")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--iterations", type=int, default=300, help="of the run; more than the kills leave undone")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("docs/results/kills.json"))
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+    with place_of_runs(args.by) as folder:
         if code := start(folder, "whole", args.iterations, args.processes).wait():
             raise SystemExit(f"the run that is left alone ended with code {code}")
-        kills = kill_again_and_again(folder, args.iterations, args.kills, args.processes, random.Random(args.seed))
-        row = {"processes": args.processes, "iterations": args.iterations, "kills": kills}
+        rng = random.Random(args.seed)
+        kills = stop_again_and_again(folder, args.iterations, args.kills, args.processes, rng, STOPS[args.by])
+        row = {"by": args.by, "processes": args.processes, "iterations": args.iterations, "kills": kills}
         row["different"] = differences(folder, args.iterations)
         row["different"] += [f"left over: {path.name}" for path in (folder / "killed").rglob("*.partial")]
     rows = json.loads(args.out.read_text()) if args.out.exists() else []
-    rows = sorted([r for r in rows if r["processes"] != args.processes] + [row], key=lambda r: r["processes"])
+    same = (args.by, args.processes)
+    rows = [r for r in rows if (r["by"], r["processes"]) != same] + [row]
+    rows.sort(key=lambda r: (list(STOPS).index(r["by"]), r["processes"]))
     args.out.write_text(json.dumps(rows, indent=1))
     args.out.with_suffix(".md").write_text(markdown(rows))
     print(args.out.with_suffix(".md").read_text())
