@@ -1,7 +1,7 @@
 """How far a run can be trusted, on one page: what the other benchmarks have filed.
 
-Run: ``python benchmarks/trust.py`` (writes docs/results/trust.md from kills.json, rewards.json, bad_inputs.json and
-alarms.json beside it).
+Run: ``python benchmarks/trust.py`` (writes docs/results/trust.md from kills.json, rewards.json and bad_inputs.json
+beside it; to be run again after the commands that write those).
 """
 
 from __future__ import annotations

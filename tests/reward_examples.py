@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -92,3 +93,13 @@ def named(images, prompts, metadata):
 
 
 named_again = named
+
+
+def scored_twice(reward, between: Callable[[], object] = lambda: None) -> tuple[Scores, Scores]:
+    """All pictures, then the first two, with something done in between; the reward is closed."""
+    try:
+        scores = reward(IMAGES, TEXTS, METADATA)
+        between()
+        return scores, reward(IMAGES[:2], TEXTS[:2], METADATA[:2])
+    finally:
+        reward.close()

@@ -22,6 +22,7 @@ from reward_examples import (
     here,
     loads_for_ever,
     loads_once,
+    scored_twice,
 )
 from tdm_r1.config.load import load_recipe
 from tdm_r1.errors import UserError
@@ -87,11 +88,7 @@ def actors(name: str, *, load=load_reward, workers: int = 1, timeout: float = 20
 )
 def test_actors_keep_order_and_lose_only_the_chunk(local_ray: None, name: str, lost: list[int], told: list[str]):
     reward = actors(here(name), workers=2, timeout=2.0)
-    try:
-        scores = reward(IMAGES, TEXTS, METADATA)
-        again = reward(IMAGES[:2], TEXTS[:2], METADATA[:2])
-    finally:
-        reward.close()
+    scores, again = scored_twice(reward)
     expected = np.array([math.nan if i in lost else s for i, s in enumerate(SCORES)])
     np.testing.assert_allclose(scores.values, expected)
     assert len(scores.failures) == len(told)
@@ -130,12 +127,7 @@ def test_a_reward_that_cannot_be_loaded_ends_the_run(local_ray: None):
 
 def test_a_replacement_that_cannot_be_loaded_costs_samples_not_the_run(local_ray: None, tmp_path: Path):
     reward = actors(str(tmp_path / "loaded"), load=loads_once)
-    try:
-        scores = reward(IMAGES, TEXTS, METADATA)
-        (tmp_path / "loaded").unlink()  # mended
-        again = reward(IMAGES[:2], TEXTS[:2], METADATA[:2])
-    finally:
-        reward.close()
+    scores, again = scored_twice(reward, (tmp_path / "loaded").unlink)  # mended
     np.testing.assert_allclose(scores.values, [*SCORES[:2], *[math.nan] * 4])
     assert [why.split(":")[0] for why in scores.failures] == [
         "the actor died",

@@ -28,6 +28,7 @@ from reward_examples import (
     loads_once,
     raises,
     refuses,
+    scored_twice,
 )
 from tdm_r1.errors import UserError
 from tdm_r1.rewards.registry import load_reward
@@ -229,11 +230,7 @@ def test_a_reward_without_differences_stops_the_run():
 )
 def test_workers_keep_order_and_lose_only_the_chunk(name: str, lost: list[int], told: list[str]):
     workers = Workers(here(name), load_reward, processes=2, timeout=2.0, chunk=2)
-    try:
-        scores = workers(IMAGES, TEXTS, METADATA)
-        again = workers(IMAGES[:2], TEXTS[:2], METADATA[:2])
-    finally:
-        workers.close()
+    scores, again = scored_twice(workers)
     expected = np.array([math.nan if i in lost else s for i, s in enumerate(SCORES)])
     np.testing.assert_allclose(scores.values, expected)
     assert len(scores.failures) == len(told)
@@ -264,12 +261,7 @@ def test_a_worker_that_dies_between_batches_is_replaced():
 
 def test_a_replacement_that_cannot_be_loaded_costs_samples_not_the_run(tmp_path: Path):
     workers = Workers(str(tmp_path / "loaded"), loads_once, processes=1, timeout=20.0, chunk=2)
-    try:
-        scores = workers(IMAGES, TEXTS, METADATA)
-        (tmp_path / "loaded").unlink()  # mended
-        again = workers(IMAGES[:2], TEXTS[:2], METADATA[:2])
-    finally:
-        workers.close()
+    scores, again = scored_twice(workers, (tmp_path / "loaded").unlink)  # mended
     np.testing.assert_allclose(scores.values, [*SCORES[:2], *[math.nan] * 4])
     assert [why.split(":")[0] for why in scores.failures] == [
         "the worker process died (exit code -9)",

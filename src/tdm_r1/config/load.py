@@ -91,7 +91,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _recipe_values(name: str, seen: tuple[str, ...] = ()) -> Any:
+def _recipe_values(name: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
     if name in seen:
         raise UserError(f"extends = {name!r}: recipe {name!r} extends itself; name another one")
     values = _parsed(name)

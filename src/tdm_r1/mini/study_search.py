@@ -2,8 +2,9 @@
 this project's on four thirds.
 
 The rows of the methods (`study_rows`) have the best of those that have a record: the highest trained metric among those
-whose Frechet distance is within two noise floors of the start's; where there are none, the highest. What has no record
-yet stands at the first values tried.
+whose Frechet distance is within two noise floors of the start's; where there are none, the highest. The release keeps
+what an earlier draw of noise chose, though its distance is over the bound in a later draw
+(docs/notes/2026-11-27-3-the-study.md).
 """
 
 from __future__ import annotations

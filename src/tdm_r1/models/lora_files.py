@@ -206,7 +206,7 @@ def lora_digest(lora: str | Path) -> str:
     tensors, metadata = _contents(path)
     config_file = path.with_name("adapter_config.json")
     text = config_file.read_text(encoding="utf-8") if config_file.is_file() else "{}"
-    known = json.loads(metadata.get("lora_adapter_metadata", text))
+    known = _settings(metadata.get("lora_adapter_metadata", text), path)
     settings = {k: sorted(v, key=str) if isinstance(v, list) else v for k, v in known.items()}
     digest.update(json.dumps(settings, sort_keys=True).encode())
     for name in sorted(tensors):

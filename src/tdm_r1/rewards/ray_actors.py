@@ -95,7 +95,7 @@ class RayActors:
         except RayTaskError as error:
             return missing(n, f"{error.cause}")
         except RayError as error:
-            why = f"Ray: {str(error).splitlines()[0]}"
+            why = f"Ray: {_first_line(error)}"
         finally:
             if why:
                 _stop(actor)
