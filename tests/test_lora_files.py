@@ -107,6 +107,29 @@ def test_settings_that_are_damaged_name_their_file(text: str, message: str, rand
         read_lora(tmp_path / "peft")
 
 
+@pytest.mark.parametrize("factor", [0.5, 2])
+def test_a_lora_of_another_width_is_refused(factor: float, random_model: Path, tmp_path: Path):
+    """A narrower one, too: it would fit into a corner of the matrices."""
+    written(random_model, tmp_path)
+    file = tmp_path / "peft" / PEFT_FILE
+    weights = load_file(file)
+    name = next(n for n in weights if "lora_A" in n)
+    wide = weights[name].repeat(1, 2)[:, : int(factor * weights[name].shape[1])]
+    save_file(weights | {name: wide.contiguous()}, file)
+    with pytest.raises(ValueError, match=rf"of another model: .* has width {wide.shape[1]}, here it is"):
+        output(random_model, tmp_path / "peft", ours=True)
+
+
+def test_a_lora_that_lacks_a_matrix_is_refused(random_model: Path, tmp_path: Path):
+    written(random_model, tmp_path)
+    file = tmp_path / "peft" / PEFT_FILE
+    weights = load_file(file)
+    del weights[next(n for n in weights if "lora_B" in n)]
+    save_file(weights, file)
+    with pytest.raises(ValueError, match=r"lacks one of the two matrices of transformer_blocks\.\d.*download it again"):
+        read_lora(tmp_path / "peft")
+
+
 def test_other_names_are_named(random_model: Path, tmp_path: Path):
     written(random_model, tmp_path)
     weights = load_file(tmp_path / "diffusers" / FILE)

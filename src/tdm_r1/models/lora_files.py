@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ def load_lora(
         strength: the scale at which its publisher loads it (diffusers' ``adapter_weights``); 1 if None.
 
     Raises ValueError as `read_lora` does, if its rank is higher than that of ``config``, or if it has modules unknown
-    here.
+    or of another width here.
     """
     saved = read_lora(lora, strength=strength)
     if saved.rank > config.r:
@@ -92,10 +92,22 @@ def load_lora(
     scales = {m: own * saved.scale(m) for m in saved.modules}
     for role in targets:
         start = {n: torch.zeros_like(w) if n.endswith(_UP) else w for n, w in roles.state(role).items()}
+        _require_widths(saved, start, lora)
         found = {
             name: _widened(name, w, scales[_module_of(name)], start.get(name)) for name, w in saved.weights.items()
         }
         roles.load(role, start | found)
+
+
+def _require_widths(saved: LoraFile, start: Mapping[str, Tensor], lora: str | Path) -> None:
+    """Raises ValueError unless the matrices have those of ``start`` but for the rank."""
+    for name, weight in saved.weights.items():
+        side = 1 if name.endswith(_DOWN) else 0
+        if name in start and weight.shape[side] != start[name].shape[side]:
+            raise ValueError(
+                f"the LoRA at {str(lora)!r} is of another model: {name} has width {weight.shape[side]}, here it is "
+                f"{start[name].shape[side]}"
+            )
 
 
 def _widened(name: str, weight: Tensor, scale: float, start: Tensor | None) -> Tensor:
@@ -136,6 +148,9 @@ def read_lora(lora: str | Path, *, strength: float | None = None) -> LoraFile:
             f"the LoRA at {str(lora)!r} has no adapter metadata: save it again with its LoraConfig, or give the "
             "strength at which it is meant to be loaded: model.student_lora_scale in training, LORA@0.125 elsewhere"
         )
+    for name in weights:
+        if {_module_of(name) + end for end in (_DOWN, _UP)} - weights.keys():
+            raise ValueError(f"{path} lacks one of the two matrices of {_module_of(name)}: download it again")
     return LoraFile(weights, _checked_config(settings, path))
 
 
