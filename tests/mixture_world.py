@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tdm_r1.algorithms.dgpo import DGPO
 from tdm_r1.algorithms.flow_grpo import FlowGRPO
 from tdm_r1.algorithms.nft import DiffusionNFT
-from tdm_r1.algorithms.protocol import Algorithm, Batch
+from tdm_r1.algorithms.protocol import Algorithm, Batch, finished
 from tdm_r1.algorithms.rollout import roll_out
 from tdm_r1.algorithms.tdm import TDM
 from tdm_r1.algorithms.tdm_direct_rl import TDMDirectRL
@@ -100,7 +100,7 @@ class Experiment:
             n = b.prompts * b.group
             c = Conditioning.of(embeds=torch.zeros(1, 1)).expand(n)
             x_1 = torch.randn(n, 2, 1, 1, generator=noise)
-            found.append(self.algorithm.step(Batch(c, x_1, b.group, noise, score or reward)))
+            found.append(finished(self.algorithm.step(Batch(c, x_1, b.group, noise)), score or reward))
             self.iteration += 1
         return found
 
@@ -113,7 +113,6 @@ class Experiment:
             torch.randn(n, 2, 1, 1, generator=noise),
             1,
             noise,
-            reward,
         )
         rollout = roll_out(
             self.roles, role, batch.conditioning, batch.x_1, self.config.sampler, batch.noise, micro_batch=n
@@ -160,7 +159,7 @@ def conditioning(n: int) -> Conditioning:
 
 def batch_of(n: int, group: int = 1, seed: int = 0) -> Batch:
     noise = torch.Generator().manual_seed(seed)
-    return Batch(conditioning(n), torch.randn(n, 2, 1, 1, generator=noise), group, noise, reward)
+    return Batch(conditioning(n), torch.randn(n, 2, 1, 1, generator=noise), group, noise)
 
 
 def gradients(found: Experiment, role: Role) -> dict[str, Tensor]:

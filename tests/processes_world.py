@@ -17,7 +17,7 @@ from mixture_world import TEACHER, conditioning, experiment, reward
 from tdm_r1.algorithms.dgpo import DGPO
 from tdm_r1.algorithms.flow_grpo import FlowGRPO
 from tdm_r1.algorithms.nft import DiffusionNFT
-from tdm_r1.algorithms.protocol import Algorithm, Batch
+from tdm_r1.algorithms.protocol import Algorithm, Batch, finished
 from tdm_r1.algorithms.tdm import TDM
 from tdm_r1.algorithms.tdm_direct_rl import TDMDirectRL
 from tdm_r1.algorithms.tdm_r1 import TDMR1
@@ -79,7 +79,8 @@ def trained(case: str) -> tuple[dict[str, Tensor], dict[str, float]]:
         noise = torch.Generator().manual_seed(i)
         n, x_1 = prompts * GROUP, Normal.drawn(noise, (2, 1, 1))
         beside = (conditioning(7), x_1.first(n + 7)[n:]) if kind is TDMR1 else ()
-        metrics = found.algorithm.step(Batch(conditioning(n), x_1.first(n), GROUP, noise, score, *beside))
+        batch = Batch(conditioning(n), x_1.first(n), GROUP, noise, *beside)
+        metrics = finished(found.algorithm.step(batch), score)
     weights = {
         f"{spec.name}/{name}": p.detach().clone()
         for spec in found.roles.specs

@@ -24,7 +24,7 @@ from mixture_world import (
     with_sgd,
 )
 from tdm_r1.algorithms.metrics import Stopwatch, Sums, mean_of_each
-from tdm_r1.algorithms.protocol import Batch
+from tdm_r1.algorithms.protocol import Batch, finished
 from tdm_r1.algorithms.rollout import Rollout
 from tdm_r1.algorithms.settings import BalanceConfig
 from tdm_r1.algorithms.tdm import TDM
@@ -85,7 +85,7 @@ def test_groups_without_a_difference_teach_the_surrogate_nothing_and_move_the_av
             p.add_(0.5)
     before, ema = gradients(found, Role.SURROGATE), gradients(found, Role.SURROGATE_EMA)
     b = batch_of(24, 6)
-    metrics = found.algorithm.step(Batch(b.conditioning, b.x_1, 6, b.noise, lambda x: torch.full((24,), 21.37)))
+    metrics = finished(found.algorithm.step(b), lambda x: torch.full((24,), 21.37))
     assert metrics["reward/skipped_groups"] == 4
     assert metrics["reward/mean"] == pytest.approx(21.37)
     assert metrics["reward/group_std"] == pytest.approx(0, abs=1e-9)
@@ -160,13 +160,13 @@ def test_samples_without_reward_are_for_fake_score_and_generator_alone():
     fit = found.algorithm.surrogate.fit
     found.algorithm.surrogate.fit = lambda r, *a: seen.update(surrogate=len(r)) or fit(r, *a)
     b, more = batch_of(24, 6), batch_of(5, seed=1)
-    found.algorithm.step(replace(b, kl=more.conditioning, kl_x_1=more.x_1))
+    finished(found.algorithm.step(replace(b, kl=more.conditioning, kl_x_1=more.x_1)), reward)
     assert seen == {"surrogate": 24, "fit_fake": 29, "fit_generator": 29}
 
 
 def _first_batch(found: Experiment) -> Batch:
     noise = torch.Generator().manual_seed(0)
-    return Batch(conditioning(24), torch.randn(24, 2, 1, 1, generator=noise), 6, noise, reward)
+    return Batch(conditioning(24), torch.randn(24, 2, 1, 1, generator=noise), 6, noise)
 
 
 @pytest.mark.parametrize("kind", NAMES, ids=lambda kind: kind.__name__)
@@ -375,7 +375,7 @@ def test_what_an_iteration_costs_is_declared(kind, settings: dict):
     assert set(declared) == set(parts)
     if kind is TDMR1:
         assert metrics["generator/reward_scale"] == found.algorithm.balance.scale
-    phases = {"rollout", "fake", "generator"} | ({"score", "surrogate"} if kind is TDMR1 else set())
+    phases = {"rollout", "fake", "generator"} | ({"surrogate"} if kind is TDMR1 else set())
     assert phases <= {name.removeprefix("seconds/") for name in metrics}
     assert counts[True] == sum(part.trained for part in declared.values())
     assert counts[False] == sum(part.frozen for part in declared.values())

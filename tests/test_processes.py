@@ -115,17 +115,21 @@ def require_same_log(one: list[dict], two: list[dict]) -> None:
 
 
 def test_a_run_of_two_processes_is_the_run_of_one_and_goes_on_in_another_number(tmp_path: Path):
-    """By `accelerate launch`, then alone from its first checkpoint."""
+    """By `accelerate launch`, then alone from its first checkpoint; half of the batches are scored while others are
+    learned from."""
+    stale = ("--scoring.staleness=1", "--save-every=2", "--iterations=4")
     accelerate = (sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([*accelerate, *train("--name=two")], cwd=tmp_path, env=environment, check=True, timeout=LIMIT)
-    alone = (sys.executable, *train("--name=one"))
+    subprocess.run(
+        [*accelerate, *train("--name=two", *stale)], cwd=tmp_path, env=environment, check=True, timeout=LIMIT
+    )
+    alone = (sys.executable, *train("--name=one", *stale))
     subprocess.run(alone, cwd=tmp_path, env=environment, check=True, timeout=LIMIT)
     one, two = log_of(tmp_path / "one"), log_of(tmp_path / "two")
     require_same_log(one, two)
     assert (tmp_path / "two" / "lora").is_dir()
     (tmp_path / "two" / "exported.json").unlink()
-    again = (sys.executable, *train("--name=two", "--resume", "--from=1"))
+    again = (sys.executable, *train("--name=two", *stale, "--resume", "--from=2"))
     subprocess.run(again, cwd=tmp_path, env=environment, check=True, timeout=LIMIT)
     require_same_log(one, log_of(tmp_path / "two"))
 

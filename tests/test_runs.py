@@ -167,7 +167,7 @@ def test_the_surrogate_keeps_to_its_points_and_noise_levels(tiny_config: Make):
     algorithm, noise = run.algorithm, torch.Generator().manual_seed(0)
     c = run.embed(["a red circle", "a cross"] * 100)
     x_1 = torch.randn(len(c), *run.backbone.latent_shape, generator=noise).to(c.device)
-    rollout = algorithm.tdm.roll_out(Batch(c, x_1, 1, noise, lambda latents: latents))
+    rollout = algorithm.tdm.roll_out(Batch(c, x_1, 1, noise))
     every = draw_points(rollout, noise, time_range=(0.3, 0.8)).all()
     final = draw_points(rollout, noise, points="final", time_range=(0.3, 0.8)).all()
     assert set(every.index.tolist()) == {0, 1, 2, 3}
@@ -276,7 +276,7 @@ def test_each_fake_score_knows_its_points(tiny_config: Make):
     torch.testing.assert_close(together[[0, 3]], final[[0, 3]])
     torch.testing.assert_close(together[[1, 2]], earlier[[1, 2]])
     x_1 = torch.randn(200, *x_t.shape[1:], generator=noise).to(x_t.device)
-    rollout = tdm.roll_out(Batch(run.embed(["a cross"] * 200), x_1, 1, noise, lambda latents: latents))
+    rollout = tdm.roll_out(Batch(run.embed(["a cross"] * 200), x_1, 1, noise))
     assert set(draw_points(rollout, noise, points="earlier").index.tolist()) == {0, 1, 2}
     assert set(draw_points(rollout, noise, points="final").index.tolist()) == {3}
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import tiny_models
-from mixture_world import SMALL, TEACHER, batch_of, experiment
+from mixture_world import SMALL, TEACHER, batch_of, experiment, reward
 from tdm_r1.algorithms.protocol import Batch
 from tdm_r1.algorithms.rollout import Draw, Renoised, Rollout, roll_out
 from tdm_r1.algorithms.settings import BatchConfig
@@ -194,7 +194,7 @@ def mixture_case(settings: dict, folder: Path) -> Case:
     roles = found.roles
     stir(roles, [str(s.name) for s in roles.specs])
     batch = batch_of(24, 6)
-    return case_of(found.algorithm, batch)
+    return case_of(found.algorithm, batch, reward)
 
 
 def sd3_case(settings: dict, folder: Path) -> Case:
@@ -212,16 +212,16 @@ def sd3_case(settings: dict, folder: Path) -> Case:
     stir(run.roles, [str(s.name) for s in run.roles.specs])
     text = run.embed(["a red circle"] * 4 + ["two squares"] * 4)
     x_1 = torch.randn(8, *run.backbone.latent_shape, generator=torch.Generator().manual_seed(5))
-    batch = Batch(text, x_1, 4, torch.Generator().manual_seed(6), lambda x: x.mean((1, 2, 3)).double())
-    return case_of(run.algorithm, batch)
+    batch = Batch(text, x_1, 4, torch.Generator().manual_seed(6))
+    return case_of(run.algorithm, batch, lambda x: x.mean((1, 2, 3)).double())
 
 
-def case_of(algorithm: TDMR1Release, batch: Batch) -> Case:
+def case_of(algorithm: TDMR1Release, batch: Batch, score: Callable[[Tensor], Tensor]) -> Case:
     a = algorithm
     rollout = roll_out(
         a.roles, Role.GENERATOR, batch.conditioning, batch.x_1, a.sampler, batch.noise, micro_batch=a.micro_batch
     )
-    scores = batch.score(rollout.trajectory.final)
+    scores = score(rollout.trajectory.final)
     advantage = group_advantages(scores.reshape(-1, batch.group), deviation="batch", clip=5.0).advantage.flatten()
     return Case(a, rollout, advantage.to(batch.x_1))
 

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from tdm_r1.algorithms.optimizer import Optimizer
 from tdm_r1.algorithms.optimizer_settings import OptimizerConfig
-from tdm_r1.algorithms.protocol import Algorithm, Batch
+from tdm_r1.algorithms.protocol import Algorithm, Batch, Step
 from tdm_r1.algorithms.rollout import draw_points, roll_out
 from tdm_r1.algorithms.settings import AlgorithmSettings
 from tdm_r1.core import losses
@@ -47,7 +47,7 @@ class BestOfGroup(Algorithm):
             RoleSpec("slow", average=Average(Role.GENERATOR, decay), starts_from="student_lora", exported_as="lora"),
         )
 
-    def step(self, batch: Batch) -> dict[str, float]:
+    def step(self, batch: Batch) -> Step:
         s = self.settings
         rollout = roll_out(
             self.roles,
@@ -58,7 +58,8 @@ class BestOfGroup(Algorithm):
             batch.noise,
             micro_batch=s.batch.micro_batch,
         )
-        rewards = batch.score(rollout.trajectory.final).reshape(-1, batch.group)
+        rewards = yield rollout.trajectory.final
+        rewards = rewards.reshape(-1, batch.group)
         best = rollout.rows(rewards.argmax(1) + batch.group * torch.arange(len(rewards)))
         draw = draw_points(best, batch.noise, points="final").all()
         with self.roles.use(Role.GENERATOR) as velocity:

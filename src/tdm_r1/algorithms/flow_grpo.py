@@ -17,7 +17,7 @@ from ..models.roles import Roles
 from ..models.specification import Role
 from .metrics import Stopwatch, Sums, mean_of_each
 from .policy import Policy
-from .protocol import Batch, Evaluations
+from .protocol import Batch, Evaluations, Step
 from .rollout import micro_batches
 from .settings import AlgorithmSettings
 
@@ -40,13 +40,13 @@ class FlowGRPO(Policy):
         self.config = settings.flow_grpo
         self.grid = flow.few_step_grid(self.sampler.steps, self.sampler.shift)
 
-    def step(self, batch: Batch) -> dict[str, float]:
+    def step(self, batch: Batch) -> Step:
         """One iteration: samples, scores, ``updates`` updates on as many parts of them."""
         seconds, text = Stopwatch(), batch.conditioning
         with seconds("rollout"):
             walk = self.walk(text, batch.x_1, batch.noise)
-        with seconds("score"):
-            advantage, metrics = self.score(batch, walk.points[-1])
+        rewards = yield walk.points[-1]
+        advantage, metrics = self.advantages(batch, rewards)
         with seconds("generator"):
             used = advantage.cpu().nonzero()[:, 0]  # samples without advantage are left out
             order = used[torch.randperm(len(used), generator=batch.noise)]

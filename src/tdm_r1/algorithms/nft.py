@@ -16,7 +16,7 @@ from ..models.roles import Roles
 from ..models.specification import Role, RoleSpec
 from .metrics import Stopwatch, Sums
 from .policy import OLD, Policy, old_of
-from .protocol import Batch, Evaluations
+from .protocol import Batch, Evaluations, Step
 from .rollout import Rollout
 from .settings import AlgorithmSettings
 
@@ -32,13 +32,13 @@ class DiffusionNFT(Policy):
         super().__init__(roles, empty, settings)
         self.config = settings.nft
 
-    def step(self, batch: Batch) -> dict[str, float]:
+    def step(self, batch: Batch) -> Step:
         """One iteration: samples, scores, one update."""
         seconds = Stopwatch()
         with seconds("rollout"):
             rollout = self.roll_out(batch, OLD)
-        with seconds("score"):
-            advantage, metrics = self.score(batch, rollout.trajectory.final)
+        rewards = yield rollout.trajectory.final
+        advantage, metrics = self.advantages(batch, rewards)
         with seconds("generator"):
             metrics |= self.fit(rollout, advantage, batch.noise)
             metrics |= self.update()

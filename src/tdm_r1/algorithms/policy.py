@@ -51,11 +51,11 @@ class Policy(Algorithm):
             empty=self.empty,
         )
 
-    def score(self, batch: Batch, final: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """Advantages [B] of final latents [B, C, H, W], 0 where a score is missing or a group is tied; metrics."""
-        rewards, own = batch.score(final), self.policy
+    def advantages(self, batch: Batch, rewards: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """Advantages [B] of rewards [B], 0 where a score is missing or a group is tied; metrics."""
+        own = self.policy
         groups = group_advantages(rewards.reshape(-1, batch.group), deviation=own.deviation, clip=own.advantage_clip)
-        return groups.advantage.flatten().to(final), groups.metrics(rewards)
+        return groups.advantage.flatten().to(batch.x_1), groups.metrics(rewards)
 
     def update(self) -> dict[str, float]:
         """One update of the policy; its averages follow."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,6 +15,10 @@ from ..models.roles import Roles
 from ..models.specification import RoleSpec
 from .optimizer_settings import OptimizerConfig
 from .settings import AlgorithmSettings
+
+Step = Generator[Tensor, Tensor, dict[str, float]]
+"""An iteration, as a generator: it yields its final latents [B, C, H, W] once, gets their scores back (float64 [B] on
+the CPU, NaN where one is missing), and returns metrics by name. Another iteration may begin in between."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,6 @@ class Batch:
         x_1: their noise, [B, C, H, W].
         group: samples of a prompt, G.
         noise: for everything that the iteration draws; on the CPU, so that it is the same on every machine.
-        score: decodes final latents [B, C, H, W] and scores them: float64 [B] on the CPU, NaN where a score is missing.
         kl: conditioning of samples, one a prompt, that no reward is asked for: KL alone holds the generator there.
         kl_x_1: their noise, [N, C, H, W].
     """
@@ -37,7 +40,6 @@ class Batch:
     x_1: Tensor
     group: int
     noise: torch.Generator
-    score: Callable[[Tensor], Tensor]
     kl: Conditioning | None = None
     kl_x_1: Tensor | None = None
 
@@ -92,8 +94,8 @@ class Algorithm(ABC):
         return {}
 
     @abstractmethod
-    def step(self, batch: Batch) -> dict[str, float]:
-        """One iteration; returns metrics by name."""
+    def step(self, batch: Batch) -> Step:
+        """One iteration: ``rewards = yield latents`` where it needs them, and metrics by name at the end."""
 
     @abstractmethod
     def state(self) -> dict[str, Any]:
@@ -102,3 +104,18 @@ class Algorithm(ABC):
     @abstractmethod
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Goes on from `state`."""
+
+
+def finished(step: Step, score: Callable[[Tensor], Tensor]) -> dict[str, float]:
+    """Runs an iteration to its end; its metrics.
+
+    Args:
+        score: of final latents [B, C, H, W]: float64 [B].
+    """
+    try:
+        latents = next(step)
+        while True:
+            latents = step.send(score(latents))
+    except StopIteration as end:
+        metrics: dict[str, float] = end.value
+        return metrics

@@ -25,7 +25,7 @@ from ..models.specification import EVALUATED, AddedDelta, Average, Role, RoleSpe
 from .metrics import Stopwatch, Sums, mean_of_each
 from .optimizer import Optimizer
 from .optimizer_settings import OptimizerConfig
-from .protocol import Algorithm, Batch, Evaluations
+from .protocol import Algorithm, Batch, Evaluations, Step
 from .rollout import Points, Rollout, draw_points, draw_times, roll_out
 from .settings import AlgorithmSettings, TDMConfig, check_tdm_alone
 
@@ -47,7 +47,7 @@ class TDM(Algorithm):
             for role, own in TDM.optimizer_settings(settings).items()
         }
 
-    def step(self, batch: Batch) -> dict[str, float]:
+    def step(self, batch: Batch) -> Step:
         """One iteration of TDM: the whole algorithm."""
         seconds = Stopwatch()
         with seconds("rollout"):
@@ -56,6 +56,7 @@ class TDM(Algorithm):
             metrics = mean_of_each([self.fit_fake(rollout, batch.noise) for _ in range(self.config.fake_steps)])
         with seconds("generator"):
             metrics |= self.fit_generator(rollout, batch.noise)
+        yield from ()  # nothing is to be scored
         return metrics | seconds.read()
 
     def roll_out(self, batch: Batch) -> Rollout:

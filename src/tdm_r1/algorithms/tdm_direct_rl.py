@@ -17,7 +17,7 @@ from .dgpo import DGPO, OLD_DECAY
 from .metrics import Stopwatch, mean_of_each
 from .optimizer_settings import OptimizerConfig
 from .policy import old_of, start_of
-from .protocol import Algorithm, Batch, Evaluations
+from .protocol import Algorithm, Batch, Evaluations, Step
 from .settings import AlgorithmSettings, check_direct
 from .tdm import TDM
 
@@ -34,13 +34,13 @@ class TDMDirectRL(Algorithm):
         super().__init__(roles, empty, settings)
         self.tdm, self.dgpo = TDM(roles, empty, settings), DGPO(roles, empty, settings)
 
-    def step(self, batch: Batch) -> dict[str, float]:
+    def step(self, batch: Batch) -> Step:
         """One iteration on P prompts with groups of G samples."""
         seconds, noise = Stopwatch(), batch.noise
         with seconds("rollout"):
             rollout = self.tdm.roll_out(batch)
-        with seconds("score"):
-            advantage, metrics = self.dgpo.score(batch, rollout.trajectory.final)
+        rewards = yield rollout.trajectory.final
+        advantage, metrics = self.dgpo.advantages(batch, rewards)
         with seconds("fake"):
             fits = range(self.tdm.config.fake_steps)
             metrics |= mean_of_each([self.tdm.fit_fake(rollout, noise) for _ in fits])

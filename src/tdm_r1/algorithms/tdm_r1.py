@@ -25,7 +25,7 @@ from . import tdm
 from .controller import Controller
 from .metrics import Stopwatch, mean_of_each
 from .optimizer_settings import OptimizerConfig
-from .protocol import Algorithm, Batch, Evaluations
+from .protocol import Algorithm, Batch, Evaluations, Step
 from .rollout import Rollout
 from .settings import AlgorithmSettings, BalanceConfig, check_tdm_r1
 from .surrogate import Surrogate
@@ -47,15 +47,14 @@ class TDMR1(Algorithm):
         self.surrogate = Surrogate(roles, self.tdm, settings)
         self.balance = Balance(settings.balance)
 
-    def step(self, batch: Batch) -> dict[str, float]:
+    def step(self, batch: Batch) -> Step:
         """One iteration of Algorithm 1 on P prompts with groups of G samples."""
         noise, seconds = batch.noise, Stopwatch()
 
-        # 1. Roll the generator out along its deterministic trajectory, keeping every x_{t_k}; decode and score x_0.
+        # 1. Roll the generator out along its deterministic trajectory, keeping every x_{t_k}; the run scores x_0.
         with seconds("rollout"):
             rollout = self.tdm.roll_out(batch)
-        with seconds("score"):
-            rewards = batch.score(rollout.trajectory.final)
+        rewards = yield rollout.trajectory.final
 
         # 2. Advantages inside each group. The trajectory is deterministic: r_i is exact for every x_{t_k}^i.
         groups = group_advantages(rewards.reshape(-1, batch.group), keep=self.trained)

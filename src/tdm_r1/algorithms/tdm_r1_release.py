@@ -23,7 +23,7 @@ from ..models.specification import Average, Role, RoleSpec, trailing, warm_up
 from .metrics import Stopwatch, Sums, mean_of_each
 from .optimizer import Optimizer
 from .optimizer_settings import OptimizerConfig
-from .protocol import Algorithm, Batch, Evaluations
+from .protocol import Algorithm, Batch, Evaluations, Step
 from .rollout import TIME_GAP, Draw, Renoised, Rollout, roll_out
 from .settings import AlgorithmSettings, check_release
 from .surrogate import preference_accuracy
@@ -48,13 +48,12 @@ class TDMR1Release(Algorithm):
         own = self.optimizer_settings(settings).items()
         self.optimizers = {role: Optimizer(roles.parameters(role), c, total=settings.iterations) for role, c in own}
 
-    def step(self, batch: Batch) -> dict[str, float]:
+    def step(self, batch: Batch) -> Step:
         """One iteration on P prompts with groups of G samples."""
         c, noise, seconds = self.config, batch.noise, Stopwatch()
         with seconds("rollout"):
             rollout = self.roll_out(batch)
-        with seconds("score"):
-            rewards = batch.score(rollout.trajectory.final)
+        rewards = yield rollout.trajectory.final
         groups = group_advantages(rewards.reshape(-1, batch.group), deviation=c.deviation, clip=c.advantage_clip)
         advantage = groups.advantage.flatten().to(batch.x_1)
 

@@ -115,6 +115,13 @@ ROWS = (
         group="ablations",
     ),
     Row("one fake score", "one fake score for all points", "mini", {"tdm.fake_scores": "one"}, group="ablations"),
+    Row(
+        "stale",
+        "scored while the batch before is learned from",
+        "mini",
+        {"scoring.staleness": 1},
+        group="ablations",
+    ),
     # one choice at a time, from the authors' release
     *(
         Row(f"release: {name}", what, "mini_release", {f"release.{key}": value}, group="release", budget=0.5)

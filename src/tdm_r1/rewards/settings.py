@@ -32,6 +32,13 @@ class ScoringConfig(Settings):
         1800.0, gt=0, description="Seconds that a worker may take to load its reward, downloads included."
     )
     chunk: int = Field(16, ge=1, description="Samples a call, in workers and to a server.")
+    staleness: int = Field(
+        0,
+        ge=0,
+        le=1,
+        description="1: a batch is scored while the one before it is learned from, so that its samples come from "
+        "weights one iteration older (docs/rewards.md); 0: the run waits for the scores.",
+    )
     normalize: Literal["none", "group"] = Field(
         "none", description="group: each reward of a sum is given mean 0 and deviation 1 in each group first."
     )

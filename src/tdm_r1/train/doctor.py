@@ -194,7 +194,7 @@ def time_iteration(config: RunConfig) -> Finding:
             metrics = run.step()
             seconds = time.perf_counter() - start
         finally:
-            run.scorer.close()
+            run.close()
     done, of = run.config.batch.prompts, config.batch.prompts
     whole = seconds * of / done
     memory = f", {metrics['memory/peak_gib']:.1f} GiB" if "memory/peak_gib" in metrics else ""

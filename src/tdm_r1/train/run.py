@@ -8,20 +8,15 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
-from torch import Tensor
 
-from ..algorithms.protocol import Batch
 from ..config.load import differences, require_same_run
 from ..config.run import RunConfig
 from ..core import processes
-from ..core.randomness import Normal, numpy_rng, torch_rng
 from ..errors import RAISED_ELSEWHERE, UserError
-from ..evaluate.evaluation import Evaluation, Evaluator, Sampling, mean_of
+from ..evaluate.evaluation import Evaluation, Evaluator, Sampling
 from ..models.embedder import Embedder
 from ..models.load import load_backbones
-from ..models.protocol import Conditioning
 from ..models.specification import evaluated
 from ..rewards.registry import named
 from ..rewards.scores import Reward
@@ -32,6 +27,7 @@ from .build import algorithm_of, build_roles, load_starts, task_and_scorer
 from .checkpoint import DamagedError, load_state, save_state
 from .export import export_roles
 from .folder import RunFolder, listed
+from .iteration import Begun, Iterations
 from .launch import require_alike, require_share
 from .loop import interrupts, peak_memory, progress
 from .report import Reporter
@@ -57,7 +53,7 @@ class Run:
         self.files = RunFolder(config.folder)
         self.by_function = reward is not None
         require_share(config)
-        self.kl_task = load_kl_task(config.task) if config.batch.kl_prompts else None
+        kl_task = load_kl_task(config.task) if config.batch.kl_prompts else None
         self.task, self.scorer = task_and_scorer(config, reward)
         self.reporter = Reporter(config, self.files, self.console)
         self.backbone, teacher = load_backbones(config.model)
@@ -69,48 +65,40 @@ class Run:
         self.scoring = LatentScorer(
             self.backbone, self.scorer, micro_batch=b.micro_batch, group=b.group, console=self.console
         )
+        self.iterations = Iterations(
+            config, self.task, kl_task, self.embed, self.backbone.latent_shape, self.algorithm, self.scoring
+        )
+        self.ahead: Begun | None = None  # the next iteration, where it has been begun before this one's end
         self.alarms = Alarms({}, {}, {}, at=config.evaluation.alarm_at)  # those of the run come with its start
         self.alarmed, self.sound = False, 0  # whether any was raised; the last evaluated iteration before that
         self.iteration = 0
         self.seconds = 0.0
-        self.batch: dict[str, Any] = {}  # the last that was scored, to be looked at if the run diverges
-
-    # -------------------------------------------------------------------------------------- one iteration
 
     def step(self) -> dict[str, float]:
-        """One iteration: prompts, noise, the algorithm. Depends on the seed and the iteration's number alone."""
-        c, i = self.config, self.iteration
-        prompts = self.task.train_prompts(c.batch.prompts, numpy_rng(c.seed, i, "prompts"))
-        prompts = [p for p in prompts for _ in range(c.batch.group)]
-        conditioning = self.embed([p.text for p in prompts])
-        x_1 = Normal.drawn(torch_rng(c.seed, i, "initial noise"), self.backbone.latent_shape).first(len(prompts))
-        parts: dict[str, float] = {}
-
-        def score(latents: Tensor) -> Tensor:
-            scores = self.scoring(latents, prompts)
-            parts.update({f"reward_parts/{name}": mean_of(part) for name, part in scores.parts.items()})
-            texts = [p.text for p in prompts]
-            self.batch = {"iteration": i, "prompts": texts, "latents": latents, "scores": scores.values.tolist()}
-            return torch.from_numpy(scores.values)
-
-        noise = torch_rng(c.seed, i, "algorithm")
-        device = conditioning.device
-        batch = Batch(conditioning, x_1.to(device), c.batch.group, noise, score, *self._without_reward())
-        with peak_memory(device) as memory:
-            metrics = self.algorithm.step(batch)
+        """One iteration. With `scoring.staleness` the samples of the next are made first, so that they are scored
+        while this one is learned from."""
+        i = self.iteration
+        with peak_memory(self.backbone.device) as memory:
+            begun, self.ahead = self.ahead or self.iterations.begin(i), None
+            if self.config.scoring.staleness and not self._stands_still(i + 1):
+                self.ahead = self.iterations.begin(i + 1)
+            metrics = self.iterations.finish(begun)
         self.iteration += 1
-        return metrics | parts | memory
+        return metrics | memory
 
-    def _without_reward(self) -> tuple[Conditioning, Tensor] | tuple[()]:
-        """Conditioning and noise of the samples that KL alone is for."""
-        c, i = self.config, self.iteration
-        if self.kl_task is None:
-            return ()
-        prompts = self.kl_task.train_prompts(c.batch.kl_prompts, numpy_rng(c.seed, i, "KL prompts"))
-        conditioning = self.embed([p.text for p in prompts])
-        noise = torch_rng(c.seed, i, "initial noise without reward")
-        x_1 = Normal.drawn(noise, self.backbone.latent_shape).first(len(prompts))
-        return conditioning, x_1.to(conditioning.device)
+    def _stands_still(self, i: int) -> bool:
+        """Whether the run saves, evaluates or ends after ``i`` iterations, when nothing may be under way."""
+        return i % self.config.save_every == 0 or self._evaluated_after(i)
+
+    def close(self) -> None:
+        """Gives up an iteration that was begun, and ends the reward's processes."""
+        self._drop_ahead()
+        self.scorer.close()
+
+    def _drop_ahead(self) -> None:
+        if self.ahead is not None:
+            self.ahead.drop()
+        self.ahead = None
 
     # -------------------------------------------------------------------------------------- the loop
 
@@ -181,9 +169,12 @@ class Run:
     def _due(self) -> bool:
         """Whether the model as it is needs an evaluation that the log does not have yet: at the start, every so often,
         at the end."""
-        every, i = self.config.evaluation.every, self.iteration
-        wanted = i in (0, self.config.iterations) or (every and i % every == 0)
-        return bool(wanted) and not processes.by_first(lambda: self.files.is_evaluated(i))
+        i = self.iteration
+        return self._evaluated_after(i) and not processes.by_first(lambda: self.files.is_evaluated(i))
+
+    def _evaluated_after(self, i: int) -> bool:
+        every = self.config.evaluation.every
+        return i in (0, self.config.iterations) or bool(every and i % every == 0)
 
     def _train(self, evaluator: Evaluator, last: Evaluation | None) -> Evaluation | None:
         """The loop; returns the last evaluation, ``last`` if it makes none."""
@@ -209,7 +200,7 @@ class Run:
 
     @contextmanager
     def _nothing_lost(self) -> Iterator[None]:
-        """Saves before an error for users ends the run; ends the reward's processes in any case."""
+        """Saves before an error for users ends the run; closes it in any case."""
         try:
             yield
         except (UserError, OSError) as error:
@@ -226,14 +217,14 @@ class Run:
             known = f"there are checkpoints of {listed(self.files.checkpoints())}"
             raise _noted(UserError(f"{error}. {self._going_on(earlier=True)}; {known}"), error) from error
         finally:
-            self.scorer.close()
+            self.close()
 
     def _batch_saved(self) -> str:
         """Writes the last batch: prompts, final latents [B, C, H, W] and scores (`checkpoint.load_state` reads it)."""
-        if not self.batch:  # a distillation scores none
+        if not self.iterations.last:  # a distillation scores none
             return ""
         try:
-            save_state(self.files.diverged, self.batch)
+            save_state(self.files.diverged, self.iterations.last)
         except OSError as error:
             return f". The last batch could not be saved ({error})"
         return f". The last batch is in {self.files.diverged}"
@@ -399,6 +390,7 @@ class Run:
         for name in names:
             self.roles.load(name, state["roles"][name])
         self.algorithm.load_state(state["algorithm"])
+        self._drop_ahead()
 
     def export(self, folder: Path) -> None:
         """Writes the evaluated weights, and others that the roles declare, for plain diffusers."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 
 import torch
 from rich.console import Console
@@ -14,6 +15,25 @@ from ..models.protocol import Backbone
 from ..rewards.scorer import Scorer, Watch
 from ..rewards.scores import Scores, joined
 from ..tasks.protocol import Prompt
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A batch that is being scored.
+
+    Args:
+        samples: of all processes.
+        futures: of this process's share, a micro-batch each: the scores of every term of the reward.
+    """
+
+    samples: int
+    futures: Sequence[Future[list[Scores]]]
+
+    def drop(self) -> None:
+        """Gives up what has not begun, and waits for what has."""
+        for future in self.futures:
+            future.cancel()
+        wait(self.futures)
 
 
 class LatentScorer:
@@ -28,33 +48,34 @@ class LatentScorer:
     def __init__(self, backbone: Backbone, scorer: Scorer, *, micro_batch: int, group: int, console: Console) -> None:
         self.backbone, self.scorer, self.console = backbone, scorer, console
         self.micro_batch, self.group = micro_batch, group
+        self.background = ThreadPoolExecutor(scorer.parallel)  # of all batches: a reward may take one at a time
         self.watch = Watch()
         self.scored = 0  # images so far
         self.told: set[str] = set()  # failures that were shown
 
-    def __call__(self, latents: Tensor, prompts: Sequence[Prompt]) -> Scores:
-        """Scores of latents [P * G, C, H, W], some of them while the next are decoded. Each process scores its share.
-
-        Raises UserError if the reward gives nothing to learn from.
-        """
+    def submit(self, latents: Tensor, prompts: Sequence[Prompt]) -> Pending:
+        """Decodes final latents [P * G, C, H, W] and has them scored in the background, each process its share."""
         own = processes.mine(torch.arange(len(latents)))
-        chunks = processes.together(lambda: self._each(latents[own], [prompts[i] for i in own.tolist()]))
+        futures = processes.together(lambda: self._each(latents[own], [prompts[i] for i in own.tolist()]))
+        return Pending(len(prompts), futures)
+
+    def collect(self, pending: Pending) -> Scores:
+        """The scores of what was submitted, in all processes. Raises UserError if there is nothing to learn from."""
+        chunks = processes.together(lambda: [future.result() for future in pending.futures])
         chunks = [chunk for of_one in processes.gather_each(chunks) for chunk in of_one]
         scores = self.scorer.total([joined(term) for term in zip(*chunks, strict=True)], group_size=self.group)
-        self.scored += len(prompts)
+        self.scored += pending.samples
         self.show_failures(scores)
         processes.together(lambda: self.watch(scores, self.group))  # all raise: one tells
         return scores
 
-    def _each(self, latents: Tensor, prompts: Sequence[Prompt]) -> list[list[Scores]]:
-        """The scores of every term of the reward, a micro-batch at a time."""
+    def _each(self, latents: Tensor, prompts: Sequence[Prompt]) -> list[Future[list[Scores]]]:
+        """The scores of every term of the reward, a micro-batch at a time, some of them while the next are decoded."""
         starts = range(0, len(latents), self.micro_batch)
-        with ThreadPoolExecutor(self.scorer.parallel) as background:
-            pending = [
-                background.submit(self.scorer.each, self.backbone.decode(part), prompts[start : start + len(part)])
-                for start, part in zip(starts, latents.split(self.micro_batch), strict=True)
-            ]
-            return [future.result() for future in pending]
+        return [
+            self.background.submit(self.scorer.each, self.backbone.decode(part), prompts[start : start + len(part)])
+            for start, part in zip(starts, latents.split(self.micro_batch), strict=True)
+        ]
 
     def show_failures(self, scores: Scores) -> None:
         """Shows each thing that went wrong in scoring once."""
