@@ -40,6 +40,16 @@ def load(folder: Path, resolution: int = 64) -> PipelineBackbone:
     return load_backbone(str(folder), max_sequence_length=48, dtype=torch.float32, device="cpu", resolution=resolution)
 
 
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_transformer_that_is_to_be_spread_stays_in_main_memory(apart: bool, model: tuple[str, Path]):
+    backbone = load_backbone(str(model[1]), max_sequence_length=48, dtype=torch.float32, device="meta", apart=apart)
+    assert backbone.device.type == ("cpu" if apart else "meta")
+    others = [
+        m for n, m in backbone.pipeline.components.items() if n != "transformer" and isinstance(m, torch.nn.Module)
+    ]
+    assert {p.device.type for module in others for p in module.parameters()} == {"meta"}
+
+
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
 @pytest.mark.parametrize("resolution", [64, 96])
 def test_the_same_image_as_the_pipeline(model: tuple[str, Path], guidance: float, resolution: int):

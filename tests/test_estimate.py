@@ -21,7 +21,7 @@ from tdm_r1.config.run import RunConfig
 from tdm_r1.models.architectures import architecture_of, architectures, random_pipeline, text_encoder_parameters
 from tdm_r1.models.specification import Role
 from tdm_r1.train.build import algorithm_of, build_roles
-from tdm_r1.train.estimate import Meter, estimate, random_backbone, random_conditioning
+from tdm_r1.train.estimate import Meter, describe, estimate, random_backbone, random_conditioning
 from tdm_r1.train.run import Run
 
 pytestmark = pytest.mark.slow
@@ -140,6 +140,11 @@ def test_the_estimate_follows_what_a_run_holds():
     adapter = lora.held["weights of 7 roles"] / 7
     assert more == 3 * (4 * base - adapter)  # surrogate and two averages, in float32, for three adapters
     two_backbones = config.override({"model.teacher": "stabilityai/stable-diffusion-3.5-medium"})
+    spread = estimate(config.override({"surrogate.weights": "full", "model.shard": True}), gpus=4, **sizes)
+    assert spread.held["frozen transformer"] == full.held["frozen transformer"] / 4
+    assert spread.held["gradients"] < full.held["gradients"]
+    assert spread.held["optimizers"] < full.held["optimizers"]
+    assert "each of 4 GPUs" in describe(spread)
     two = estimate(two_backbones, **sizes)
     assert two is not None
     assert two.held["frozen transformers"] == 2 * lora.held["frozen transformer"]

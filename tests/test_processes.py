@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 
 import sharded_world
 from processes_world import CASES, trained
+from tdm_r1.train.checkpoint import DamagedError
+from tdm_r1.train.run import Run
 
 pytestmark = pytest.mark.slow
 
@@ -81,6 +83,26 @@ def test_a_transformer_spread_over_processes_gives_the_update_of_a_whole_one(cas
     assert max(one, two) < 0.65 * every
     for name, p in weights.items():
         torch.testing.assert_close(found[name], p, atol=1e-5, rtol=1e-5)
+
+
+def test_a_run_whose_roles_are_spread_can_be_looked_at_and_gone_on_with_in_one_process(sharded: Path):
+    """Two processes have trained it, evaluated it, gone on with it from a checkpoint, and exported it."""
+    run = Run(sharded_world.fitted(sharded, shard=False))
+    checkpoint = run.checkpoints()[-1]
+    assert len(list(checkpoint.parent.glob("*.shares/*.safetensors"))) == 2 * len(run.checkpoints())
+    run.load(checkpoint)
+    for name, p in load_file(sharded / "fitted.safetensors").items():
+        role, _, weight = name.partition("/")
+        assert torch.equal(run.roles.weights(role)[weight], p), name
+    exported = load_file(run.folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(exported[n], p) for n, p in run.roles.weights("generator_ema").items())
+    metrics = run.evaluator()(run.few_step()).metrics
+    assert log_of(run.folder)[-1]["eval/reward"] == pytest.approx(metrics["reward"], rel=1e-3)
+    run.step()
+    shares = next(checkpoint.parent.glob(f"{checkpoint.stem}.*.shares/*"))
+    shares.write_bytes(shares.read_bytes()[:-1] + b"x")
+    with pytest.raises(DamagedError, match="checksum"):
+        run.load(checkpoint)
 
 
 SMALL = (

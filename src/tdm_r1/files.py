@@ -23,7 +23,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     try:
         with _told(path):
             yield partial
-            _sync(partial)
+            sync(partial)
             os.replace(partial, path)
             _sync_folder(path.parent)
     finally:
@@ -41,7 +41,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
         with _told(path):
             yield partial
             for file in (f for f in partial.rglob("*") if f.is_file()):
-                _sync(file)
+                sync(file)
             shutil.rmtree(old, ignore_errors=True)
             if path.exists():
                 os.replace(path, old)
@@ -62,7 +62,7 @@ def _beside(path: Path) -> Path:
     return path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")  # processes may write the same file
 
 
-def _sync(file: Path) -> None:
+def sync(file: Path) -> None:
     """A file that is there by name is there in whole, also after a power cut."""
     with file.open("rb+") as opened:
         os.fsync(opened.fileno())

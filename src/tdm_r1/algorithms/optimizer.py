@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from ..core import processes
+from ..core import processes, shards
 from ..errors import UserError
 from .optimizer_settings import OptimizerConfig
 
@@ -59,8 +59,10 @@ class Optimizer:
 
         The gradient is the sum of those of all processes.
         """
-        processes.sum_gradients(self.parameters)
-        norm, rate = float(nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)), self.rate
+        if not shards.is_spread(self.parameters[0]):  # those have the sum already
+            processes.sum_gradients(self.parameters)
+        norm = float(shards.gathered(nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)))
+        rate = self.rate
         finite = math.isfinite(norm)
         if finite:
             self.adamw.step()
@@ -87,11 +89,21 @@ class Optimizer:
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Goes on from `state` with the settings of ``config``: AdamW's own loading would bring the saved ones back."""
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.adamw.param_groups]
-        self.adamw.load_state_dict(dict(state["adamw"]))
+        adamw = dict(state["adamw"])
+        of_each = {i: self._shares(found, self.parameters[int(i)]) for i, found in adamw["state"].items()}
+        self.adamw.load_state_dict(adamw | {"state": of_each})
         for group, own in zip(self.adamw.param_groups, settings, strict=True):
             group.update(own)
         self.schedule.last_epoch = state["steps"] - 1
         self._advance()
+
+    @staticmethod
+    def _shares(found: Mapping[str, Any], like: nn.Parameter) -> dict[str, Any]:
+        """A weight's moments; of whole ones this process's share, where the weight is spread."""
+        return {
+            name: shards.share_of(value, like) if isinstance(value, torch.Tensor) and value.dim() else value
+            for name, value in found.items()
+        }
 
 
 def _eight_bit_adamw() -> Callable[..., torch.optim.Optimizer]:

@@ -11,7 +11,7 @@ from peft import LoraConfig
 from torch import nn
 
 from ..core import flow
-from .host import Host, adapter_weights, add_adapter
+from .host import Host, adapter_weights, add_adapter, spread
 from .protocol import Backbone
 from .role_weights import RoleWeights
 from .roles import Roles
@@ -25,6 +25,7 @@ def create_roles(
     *,
     teacher: Backbone | None = None,
     merge: bool = False,
+    shard: torch.device | None = None,
 ) -> Roles:
     """The roles of ``specs`` and the teacher, each starting as its backbone's own function.
 
@@ -33,9 +34,13 @@ def create_roles(
         config: the adapters' configuration; they are all alike.
         teacher: a second backbone, for a student whose base weights differ.
         merge: see `Roles`.
+        shard: spread the backbones' transformers and the roles' own ones over the processes, on devices of this kind.
+            Adapters stay whole.
+
+    Raises ValueError where the role of full weights is added to another that is spread, which needs whole weights.
     """
     backbones: dict[str, Any] = {"student": student, "teacher": teacher or student}
-    own = {spec.name: _own_transformer(backbones[spec.host]) for spec in specs if spec.weights == "full"}
+    own = {spec.name: _own_transformer(backbones[spec.host], shard) for spec in specs if spec.weights == "full"}
     first: dict[int, str] = {}
     for spec in specs:
         transformer = backbones[spec.host].transformer
@@ -48,6 +53,10 @@ def create_roles(
         first.setdefault(id(transformer), spec.name)
     for spec in specs:
         _add_copy(spec, specs, backbones, config)
+    if shard:
+        _require_no_change_of_whole_weights(specs)
+        for transformer in {id(b.transformer): b.transformer for b in backbones.values()}.values():
+            spread(transformer, shard)
     hosts = {id(b.transformer): Host(b.transformer) for b in backbones.values()}
 
     def host_of(name: str) -> Host:
@@ -63,11 +72,24 @@ def create_roles(
     return Roles(members, student.velocity_of, merge=merge)
 
 
-def _own_transformer(host: Backbone) -> nn.Module:
+def _own_transformer(host: Backbone, shard: torch.device | None) -> nn.Module:
     transformer = copy.deepcopy(host.transformer)
     for p in transformer.parameters():
         p.data = flow.widen(p.data)
+    if shard:  # at once: several whole ones may not fit
+        spread(transformer, shard)
     return transformer
+
+
+def _require_no_change_of_whole_weights(specs: Sequence[RoleSpec]) -> None:
+    full = {spec.name for spec in specs if spec.weights == "full"}
+    for spec in specs:
+        if spec.added is not None and spec.added.role in full:
+            raise ValueError(
+                f"model.shard = True: the change of {spec.added.role}, which has full weights, cannot be added to "
+                f"{spec.name} where those are spread over processes; set surrogate.added_delta to 0, or "
+                "surrogate.weights to lora"
+            )
 
 
 @torch.no_grad()  # initialisation

@@ -12,7 +12,7 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..core import flow, processes
+from ..core import flow, shards
 
 Acting = tuple[tuple[str, float], ...]
 """Adapters that act at once, each with its strength."""
@@ -33,16 +33,22 @@ def adapter_weights(transformer: nn.Module, name: str) -> dict[str, nn.Parameter
     return {n.replace(part, "."): p for n, p in transformer.named_parameters() if part in n}
 
 
+def spread(transformer: Any, device: torch.device) -> None:
+    """Spreads a transformer's own weights over the processes of the run; the adapters on it stay whole."""
+    adapters = [p for n, p in transformer.named_parameters() if ".lora_" in n]
+    shards.spread(transformer, transformer._no_split_modules, device, adapters)
+
+
 class Host:
-    """Switches the adapters of one transformer. Build it when all adapters have been added."""
+    """Switches the adapters of one transformer. Build it when all adapters have been added, and it has been spread."""
 
     def __init__(self, transformer: nn.Module) -> None:
         self.transformer = transformer
+        self.sharded = any(shards.is_spread(p) for p in transformer.parameters())  # the base must not be set then
         adapted = {n: m for n, m in transformer.named_modules() if isinstance(m, BaseTunerLayer)}
         self.names = list(adapted)
         self.layers: list[Any] = list(adapted.values())
-        self.base = [layer.base_layer.weight.data for layer in self.layers]
-        self.sharded = False  # whether FSDP owns the base weights, which then must not be set here
+        self.base = [] if self.sharded else [layer.base_layer.weight.data for layer in self.layers]
         self._trained: dict[str, list[nn.Parameter]] = {}
         self._frozen: list[nn.Parameter] = []
         self._acting: Acting | None = None
@@ -57,23 +63,6 @@ class Host:
             self._frozen += weights
         for p in weights:
             p.requires_grad_(trained)
-
-    def shard(self) -> None:
-        """Spreads the base weights over the processes of the run (FSDP2): each keeps a share of every block's and
-        gathers them where the block computes. The adapters stay whole."""
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-
-        if self.sharded:
-            return
-        adapters = {p for n, p in self.transformer.named_parameters() if ".lora_" in n}
-        device = next(self.transformer.parameters()).device
-        mesh = init_device_mesh(device.type, (processes.count(),))
-        kinds: Any = self.transformer._no_split_modules
-        blocks = [module for module in self.transformer.modules() if type(module).__name__ in kinds]
-        for module in [*blocks, self.transformer]:
-            fully_shard(module, mesh=mesh, ignored_params=adapters)
-        self.base, self.sharded = [], True
 
     @contextmanager
     def acting_as(self, acting: Acting, base: Sequence[Tensor]) -> Iterator[object]:

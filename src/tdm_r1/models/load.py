@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig
 
+from ..core import processes
 from ..errors import UserError
 from .pipeline import PipelineBackbone, load_backbone
 from .registry import bundled, lora_path
@@ -64,6 +65,7 @@ def load_backbones(config: ModelConfig) -> tuple[PipelineBackbone, PipelineBackb
         offload=m.offload,
         gradient_checkpointing=m.gradient_checkpointing,
         t5=m.t5,
+        apart=m.shard and processes.count() > 1,
     )
     student = load(checkpoints.path)
     return student, load(m.teacher, beside=student) if m.teacher else None

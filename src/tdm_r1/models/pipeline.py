@@ -25,7 +25,8 @@ from .registry import FAMILIES
 class LoadOptions(TypedDict, total=False):
     """How a model is loaded; names as in `settings.ModelConfig`, but for these:
 
-    tiling: of the autoencoder. beside: a backbone that this one is the teacher of: it gives everything but the
+    tiling: of the autoencoder. apart: leave the transformer in main memory: `create.create_roles` will spread it over
+    the devices of several processes. beside: a backbone that this one is the teacher of: it gives everything but the
     transformer, which alone is loaded.
     """
 
@@ -38,6 +39,7 @@ class LoadOptions(TypedDict, total=False):
     offload: bool
     gradient_checkpointing: bool
     t5: bool
+    apart: bool
     beside: PipelineBackbone | None
 
 
@@ -117,7 +119,10 @@ class PipelineBackbone(ABC):
         if o.get("gradient_checkpointing"):
             pipeline.transformer.enable_gradient_checkpointing()
         offload = o.get("offload", False)
-        (pipeline.transformer if offload or beside else pipeline).to(o["device"])
+        for name, part in pipeline.components.items():
+            stays = o.get("apart") if name == "transformer" else offload or beside
+            if isinstance(part, nn.Module) and not stays:
+                part.to(o["device"])
         return cls(
             pipeline,
             max_sequence_length=o["max_sequence_length"],

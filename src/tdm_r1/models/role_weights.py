@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ..core import shards
 from .host import Host, adapter_weights
 from .specification import RoleSpec
 
@@ -54,12 +55,12 @@ class RoleWeights:
                     f"weights for role {name} do not fit: {key} is {tuple(weights[key].shape)}, expected "
                     f"{tuple(p.shape)}; is the LoRA rank the same?"
                 )
-            p.copy_(weights[key])
+            p.copy_(shards.share_of(weights[key], like=p))
 
     def state(self) -> dict[str, Tensor]:
-        """A copy of the weights, on the CPU."""
+        """A copy of the weights, on the CPU; whole, where they are spread over processes, which all have to ask."""
         self.require_owned()
-        return {name: p.detach().to("cpu", copy=True) for name, p in self.parameters.items()}
+        return {name: shards.gathered(p.detach()).to("cpu", copy=True) for name, p in self.parameters.items()}
 
     def deltas(self) -> list[Tensor]:
         """How the role changes the weights of each adapted layer from where it started."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from ..core import processes, shards
 from .host import Acting, Host, adapter_weights
 from .protocol import Conditioning, Velocity
 from .role_weights import RoleWeights
@@ -93,19 +94,6 @@ class Roles:
             yield
         finally:
             torch.set_float32_matmul_precision(before)
-
-    def shard(self) -> None:
-        """Spreads the frozen transformers over the processes of the run; adapters stay whole in each of them.
-
-        Raises ValueError where roles have full weights or merged copies.
-        """
-        if self.merge or any(role.adapter is None and role.owned for role in self._members.values()):
-            raise ValueError(
-                "model.shard = True: needs adapters that are not merged; set model.merge to false, model.roles and "
-                "surrogate.weights to lora"
-            )
-        for host in {id(role.host): role.host for role in self._members.values()}.values():
-            host.shard()
 
     # -------------------------------------------------------------------------------------- added deltas, merged copies
 
@@ -189,6 +177,26 @@ class Roles:
         """The transformer that computes a role: its own, or the backbone that its adapter is on."""
         return self._members[name].host.transformer
 
+    @property
+    def spread(self) -> bool:
+        """Whether roles have weights of their own that are spread over the processes of the run."""
+        return any(shards.is_spread(p) for role in self._members.values() for p in role.parameters.values())
+
+    @torch.no_grad()  # a copy
+    def whole(self, name: str) -> Any:
+        """The transformer that computes a role, or where that is spread over processes, which then all have to ask, a
+        copy of it in main memory, in the first one alone."""
+        transformer = self.transformer(name)
+        if self._members[name].adapter is not None or not self._members[name].host.sharded:
+            return transformer
+        weights = ((n, shards.gathered(p.detach())) for n, p in transformer.state_dict().items())
+        found = {n: p.cpu() for n, p in weights if processes.rank() == 0}
+        if not found:
+            return None
+        copy = type(transformer).from_config(transformer.config)
+        copy.load_state_dict(found)
+        return copy
+
     def weights(self, name: str) -> dict[str, nn.Parameter]:
         """The role's own weights by a name that does not depend on the role. Raises ValueError for the teacher."""
         self._members[name].require_owned()
@@ -207,7 +215,7 @@ class Roles:
         self.load(target, self.weights(source))
 
     def state(self, name: str) -> dict[str, Tensor]:
-        """A copy of the role's own weights, on the CPU."""
+        """A copy of the role's own weights, on the CPU; whole, where they are spread over processes."""
         return self._members[name].state()
 
     def deltas(self, name: str) -> list[Tensor]:

@@ -76,8 +76,8 @@ class ModelConfig(Settings):
     )
     shard: bool = Field(
         False,
-        description="Spread the frozen transformers over the processes of the run (FSDP2), which leaves more of each "
-        "GPU's memory for training; adapters stay whole in each.",
+        description="Spread transformers over the processes of the run (FSDP2): the frozen ones, and those of roles of "
+        "full weights with their optimizers; adapters stay whole in each.",
     )
     merge: bool = Field(
         False,
@@ -113,10 +113,9 @@ def check_model(m: ModelConfig) -> None:
                 f"{name} = {value!r} with model.roles = full: a LoRA starts adapters alone; merge it into the model at "
                 f"model.path and set {name} to null"
             )
-    if m.shard and (m.merge or m.roles == "full"):
+    if m.shard and m.merge:
         raise ValueError(
-            "model.shard = True: it spreads the weights under adapters that are not merged; set model.merge to false "
-            "and model.roles to lora"
+            "model.shard = True with model.merge = True: merged copies are whole; set model.merge to false"
         )
     if m.merge and m.dtype != "float32":
         raise ValueError(

@@ -9,7 +9,7 @@ from ..algorithms.registry import ALGORITHMS
 from ..config.run import TRACKERS, RunConfig
 from ..errors import UserError
 from ..models.create import create_roles
-from ..models.load import adapter_settings, resolve_model
+from ..models.load import adapter_settings, resolve_device, resolve_model
 from ..models.lora_files import load_lora
 from ..models.pipeline import PipelineBackbone
 from ..models.roles import Roles
@@ -55,7 +55,15 @@ def build_roles(config: RunConfig, student: PipelineBackbone, teacher: PipelineB
     """
     torch.manual_seed(config.seed)  # peft initialises adapters from the global generator
     specs = algorithm_of(config).declare_roles(config)
-    return create_roles(specs, student, adapter_settings(config.model), teacher=teacher, merge=config.model.merge)
+    device = torch.device(resolve_device(config.model.device))
+    return create_roles(
+        specs,
+        student,
+        adapter_settings(config.model),
+        teacher=teacher,
+        merge=config.model.merge,
+        shard=device if config.model.shard else None,
+    )
 
 
 def load_starts(config: RunConfig, roles: Roles) -> None:

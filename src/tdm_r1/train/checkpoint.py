@@ -1,36 +1,131 @@
-"""Checkpoints: nested dictionaries of tensors and plain values in one safetensors file, written atomically."""
+"""Checkpoints: nested dictionaries of tensors and plain values in one safetensors file, written atomically.
+
+Tensors that are spread over processes stand in a folder beside it, which torch.distributed.checkpoint writes, as
+safetensors too: every process its shares, to be read by any number of them. A folder that no file names is of no use.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import shutil
+import uuid
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..files import whole_file
+from ..core import processes, shards
+from ..files import sync, whole_file
 
-_TREE, _DIGEST = "tdm_r1_tree", "tdm_r1_digest"  # keys of the file's metadata
+_TREE, _DIGEST, _SHARES = "tdm_r1_tree", "tdm_r1_digest", "tdm_r1_shares"  # keys of the file's metadata
 
 
 class DamagedError(ValueError):
     """A checkpoint whose contents are not those that were written."""
 
 
+@dataclass(frozen=True)
+class Spread:
+    """What `load_state` gives in place of a tensor that was spread over processes; `gather_spread` loads it."""
+
+    folder: str
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
     """Writes nested dicts and lists of tensors, numbers, strings and None to ``path`` (safetensors, no pickle).
 
-    The file appears whole or not at all. Dictionary keys may be strings or integers.
+    The file appears whole or not at all. Dictionary keys may be strings or integers. Where tensors are spread over the
+    processes, all of those have to call this, with a path that all see.
     """
     tensors: dict[str, Tensor] = {}
-    tree = _pack(state, tensors, "")
-    with whole_file(path) as partial:
-        save_file(tensors, partial, metadata={_TREE: json.dumps(tree), _DIGEST: _digest(tensors)})
+    spread: dict[str, Tensor] = {}
+    tree = _pack(state, tensors, spread, "")
+    metadata = {_TREE: json.dumps(tree), _DIGEST: _digest(tensors)}
+
+    def write() -> None:
+        with whole_file(path) as partial:
+            save_file(tensors, partial, metadata=metadata)
+
+    if not spread:
+        write()
+        return
+    shares = _save_spread(path, spread)
+    metadata[_SHARES] = json.dumps(shares)
+    processes.by_first(write)
+    processes.by_first(lambda: remove_shares(path, but=shares["folder"]))
+
+
+def _save_spread(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Every process writes its shares into one new folder; its name, and each file's checksum."""
+    folder = path.parent / processes.by_first(lambda: f"{path.stem}.{uuid.uuid4().hex[:8]}.shares")
+    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    dcp.save(tensors, storage_writer=writer)
+
+    def finish() -> dict[str, str]:
+        own = sorted(folder.glob("*.safetensors"))[processes.rank() :: processes.count()]
+        for file in own:
+            sync(file)
+        return {file.name: _digest_of_file(file) for file in own}
+
+    digests = [digest for own in processes.gather_each(processes.together(finish)) for digest in own.items()]
+    return {"folder": folder.name, "digests": dict(digests)}
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Removes a checkpoint with all that belongs to it."""
+    path.unlink()
+    remove_shares(path)
+
+
+def remove_shares(path: Path, *, but: str | None = None) -> None:
+    """Removes the folders of a checkpoint's shares, except the one named ``but``."""
+    for folder in path.parent.glob(f"{path.stem}.*.shares"):
+        if folder.name != but:
+            shutil.rmtree(folder)
+
+
+def gather_spread(path: Path, state: Any, device: str) -> Any:
+    """What `load_state` has read, with the tensors that were spread over processes: spread over those that there are
+    now, which all have to call this, or whole in one.
+
+    Args:
+        device: the kind of device that they go to.
+    """
+    wanted: dict[str, Tensor] = {}
+    folders: set[str] = set()
+
+    def make_room(leaf: Any) -> Any:
+        if not isinstance(leaf, Spread):
+            return leaf
+        folders.add(leaf.folder)
+        return wanted.setdefault(leaf.name, shards.room_for(leaf.shape, leaf.dtype, device))
+
+    state = _each_leaf(state, make_room)
+    for folder in folders:
+        reader = dcp.HuggingFaceStorageReader(str(path.parent / folder))
+        with warnings.catch_warnings():  # that there is a single process
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.load(wanted, storage_reader=reader)
+    return state
+
+
+def _each_leaf(state: Any, change: Callable[[Any], Any]) -> Any:
+    if isinstance(state, Mapping):
+        return {key: _each_leaf(value, change) for key, value in state.items()}
+    if isinstance(state, list):
+        return [_each_leaf(value, change) for value in state]
+    return change(state)
 
 
 def load_state(path: Path) -> Any:
@@ -47,7 +142,20 @@ def load_state(path: Path) -> Any:
         raise DamagedError(
             f"{path} is damaged: its contents do not match their checksum; resume from another with --from ITERATION"
         )
-    return _unpack(json.loads(metadata[_TREE]), tensors)
+    shares = json.loads(metadata.get(_SHARES, '{"folder": "", "digests": {}}'))
+    for name, digest in shares["digests"].items():
+        file = path.parent / shares["folder"] / name
+        if not file.is_file() or _digest_of_file(file) != digest:
+            raise DamagedError(
+                f"{path} is damaged: {file} is missing or does not match its checksum; resume from another with --from "
+                "ITERATION"
+            )
+    return _unpack(json.loads(metadata[_TREE]), tensors, shares["folder"])
+
+
+def _digest_of_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
@@ -59,28 +167,34 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _pack(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
+def _pack(value: Any, tensors: dict[str, Tensor], spread: dict[str, Tensor], name: str) -> Any:
+    """The tree of a state, whose tensors it adds to ``tensors``, or to ``spread`` where they are that."""
+    if isinstance(value, Tensor) and shards.is_spread(value):
+        spread[name] = value.detach()
+        return {"spread": name, "shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
     if isinstance(value, Tensor):
         tensors[name] = value.detach().clone(memory_format=torch.contiguous_format).cpu()
         return {"tensor": name}
     if isinstance(value, Mapping):
-        items = [[key, _pack(item, tensors, f"{name}/{key}")] for key, item in value.items()]
+        items = [[key, _pack(item, tensors, spread, f"{name}/{key}")] for key, item in value.items()]
         return {"dict": items}
     if isinstance(value, list | tuple):
-        return {"list": [_pack(item, tensors, f"{name}/{i}") for i, item in enumerate(value)]}
+        return {"list": [_pack(item, tensors, spread, f"{name}/{i}") for i, item in enumerate(value)]}
     if value is None or isinstance(value, bool | int | float | str):
         return {"value": value}
     raise TypeError(f"cannot save {name!r} of type {type(value).__name__}: only tensors and plain values")
 
 
-def _unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
+def _unpack(tree: Any, tensors: Mapping[str, Tensor], folder: str) -> Any:
     match tree:
+        case {"spread": name, "shape": shape, "dtype": dtype}:
+            return Spread(folder, name, tuple(shape), getattr(torch, dtype))
         case {"tensor": name}:
             return tensors[name]
         case {"dict": items}:
-            return {key: _unpack(item, tensors) for key, item in items}
+            return {key: _unpack(item, tensors, folder) for key, item in items}
         case {"list": items}:
-            return [_unpack(item, tensors) for item in items]
+            return [_unpack(item, tensors, folder) for item in items]
         case {"value": value}:
             return value
     raise ValueError(f"unreadable checkpoint entry {tree!r}")

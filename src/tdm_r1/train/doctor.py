@@ -63,6 +63,11 @@ def examine(config: RunConfig, *, iteration: bool = True) -> Iterator[Finding]:
     if failed:
         yield Finding("iteration", None, "not tried: fix the above first")
         return
+    if config.model.shard:
+        yield Finding(
+            "iteration", None, "not tried: model.shard needs several processes; start the run for one iteration"
+        )
+        return
     try:
         yield time_iteration(config)
     except (UserError, ValueError, OSError, RuntimeError) as error:
@@ -92,7 +97,7 @@ def check_device(config: RunConfig) -> list[Finding]:
 def check_disk(config: RunConfig) -> list[Finding]:
     """Room for checkpoints where the run's folder will be."""
     place = next(p for p in (config.folder, *config.folder.absolute().parents) if p.exists())
-    free, found = shutil.disk_usage(place).free, estimate(config)
+    free, found = shutil.disk_usage(place).free, estimate(config, gpus=1)
     needed = GIB
     if found:
         roles = sum(size for name, size in found.held.items() if name.startswith(("weights of", "optimizers")))

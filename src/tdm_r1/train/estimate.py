@@ -39,17 +39,20 @@ PROMPT_TOKENS = 64  # of a prompt, where the model does not pad to a fixed lengt
 GPU_FLOPS = 989e12  # an H100's or H200's dense bfloat16 peak, by its data sheet
 ADAM_BYTES = {False: 8, True: 2}  # two averages a trained parameter, in float32 or in 8 bits
 FLOAT_BYTES = 4
+SPREAD_OVER = 8  # GPUs that the estimate is made for where a run spreads its transformers, if nobody says how many
 
 
 @dataclass(frozen=True)
 class Estimate:
     """``held``: bytes that stay; ``working``: bytes at the worst moment of each part, one part at a time; ``flops``:
-    of each part of an iteration. By name. ``utilisation``: the share of the GPU's peak that they reach."""
+    of each part of an iteration. By name. ``utilisation``: the share of the GPU's peak that they reach. ``gpus``: over
+    which transformers are spread; the memory is that of each."""
 
     held: dict[str, float]
     working: dict[str, float]
     flops: dict[str, float]
     utilisation: float
+    gpus: int = 1
 
     @property
     def peak(self) -> float:
@@ -61,10 +64,11 @@ class Estimate:
         return sum(self.flops.values()) / (gpus * GPU_FLOPS * self.utilisation)
 
 
-def estimate(config: RunConfig, **sizes: Any) -> Estimate | None:
+def estimate(config: RunConfig, *, gpus: int = SPREAD_OVER, **sizes: Any) -> Estimate | None:
     """The estimate for a run; None where the model's sizes (`architectures.yaml`) or the algorithm's cost are unknown.
 
     Args:
+        gpus: of a run that spreads its transformers (`model.shard`).
         sizes: of the transformer, in place of its own; for tests.
     """
     name = architecture_of(config.model.path)
@@ -87,11 +91,12 @@ def estimate(config: RunConfig, **sizes: Any) -> Estimate | None:
             flops[part] += one.flops * count.trained / samples
     working["decode"] = parts.decode.peak
     flops["decode"] = parts.decode.flops * config.batch.prompts * config.batch.group / parts.decoded
-    held = _held(config, parts, tuple(specs.values()))
+    gpus = gpus if config.model.shard else 1
+    held = _held(config, parts, tuple(specs.values()), gpus)
     encoders = text_encoder_parameters(name, t5=config.model.t5) * getattr(torch, config.model.dtype).itemsize
     (working if config.model.offload else held)["text encoders"] = encoders
     share = architectures()[name]["utilisation_added" if added else "utilisation"]
-    return Estimate(held, working, flops, share)
+    return Estimate(held, working, flops, share, gpus)
 
 
 def needs(config: RunConfig) -> str:
@@ -112,7 +117,8 @@ def describe(found: Estimate) -> str:
     """The estimate for people."""
     gib = 2**30
     worst = max(found.working, key=found.working.__getitem__)
-    lines = [f"memory of one GPU, about {found.peak / gib:.1f} GiB (without allocator overhead):"]
+    where = "one GPU" if found.gpus == 1 else f"each of {found.gpus} GPUs"
+    lines = [f"memory of {where}, about {found.peak / gib:.1f} GiB (without allocator overhead):"]
     lines += [f"  {name:<34}{size / gib:8.2f} GiB" for name, size in found.held.items()]
     lines += [f"  {'temporary, largest in: ' + worst:<34}{found.working[worst] / gib:8.2f} GiB"]
     petaflops = sum(found.flops.values()) / 1e15
@@ -129,11 +135,14 @@ def describe(found: Estimate) -> str:
 # ------------------------------------------------------------------------------------------ what stays
 
 
-def _held(config: RunConfig, parts: _Parts, specs: tuple[RoleSpec, ...]) -> dict[str, float]:
-    """Bytes that stay, by name: of the frozen models, and what the declared roles add to them."""
+def _held(config: RunConfig, parts: _Parts, specs: tuple[RoleSpec, ...], gpus: int) -> dict[str, float]:
+    """Bytes that stay, by name: of the frozen models, and what the declared roles add to them; spread over ``gpus``
+    what is not an adapter."""
     m, b = config.model, config.batch
     backbones = 2 if m.teacher else 1
-    numbers = {spec.name: parts.full_numbers if spec.weights == "full" else parts.adapter_numbers for spec in specs}
+    numbers = {
+        spec.name: parts.full_numbers / gpus if spec.weights == "full" else parts.adapter_numbers for spec in specs
+    }
     trained = {spec.name: numbers[spec.name] for spec in specs if spec.trained}
     whole = {spec.name for spec in specs if spec.weights == "full"}
     adapters = [spec for spec in specs if spec.weights == "lora"]
@@ -144,7 +153,7 @@ def _held(config: RunConfig, parts: _Parts, specs: tuple[RoleSpec, ...]) -> dict
     points, kind = 2 * config.sampler.steps + 1, algorithm_of(config)
     own, waiting = kind.optimizer_settings(config), sum if kind.one_update_at_the_end else max
     return {
-        "frozen transformer" + ("s" if m.teacher else ""): backbones * parts.frozen_bytes,
+        "frozen transformer" + ("s" if m.teacher else ""): backbones * parts.frozen_bytes / gpus,
         f"weights of {len(specs)} roles": FLOAT_BYTES * sum(numbers.values()),
         "optimizers": sum(ADAM_BYTES[role in own and own[role].eight_bit] * n for role, n in trained.items()),
         "gradients": FLOAT_BYTES * waiting(trained.values()),

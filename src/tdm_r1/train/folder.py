@@ -17,6 +17,7 @@ from ..config.load import load_recipe
 from ..config.run import CONFIG_FILE, LOG, RunConfig, dump
 from ..errors import UserError
 from ..files import remove_partial, write_text
+from .checkpoint import remove_checkpoint
 
 KEPT_CHECKPOINTS = 3  # the last ones; the best evaluated one is kept beside them
 EXPORTS = ("lora", "transformer")  # what a run writes at its end, or when it is interrupted
@@ -140,7 +141,7 @@ class RunFolder:
         best = max(self.history(), key=lambda row: row.get("eval/reward", -math.inf), default={}).get("iteration")
         for old in self.checkpoints()[:-KEPT_CHECKPOINTS]:
             if iteration_of(old) not in (best, keep):
-                old.unlink()
+                remove_checkpoint(old)
 
 
 def iteration_of(checkpoint: Path) -> int:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from ..config.load import differences
 from ..config.run import RunConfig
-from ..core import processes
+from ..core import processes, shards
 from ..errors import RAISED_ELSEWHERE, RAISED_HERE, UserError
 from ..models.roles import Roles
 from .heartbeat import heartbeat
@@ -107,7 +107,8 @@ def require_alike(roles: Roles) -> None:
     if processes.count() == 1:
         return
     names = [str(spec.name) for spec in roles.specs]
-    own = {name: sum(int(p.detach().view(torch.int32).sum()) for p in roles.parameters(name)) for name in names}
+    whole = {name: [p.detach() for p in roles.parameters(name) if not shards.is_spread(p)] for name in names}
+    own = {name: sum(int(p.view(torch.int32).sum()) for p in weights) for name, weights in whole.items()}
     for number, other in enumerate(processes.gather_each(own)):
         if wrong := [name for name in names if other[name] != own[name]]:
             raise RuntimeError(f"process {number} has other weights of {wrong[0]} than process {processes.rank()}")

@@ -24,7 +24,7 @@ from ..tasks.load import load_kl_task, load_task
 from ..tasks.settings import TaskConfig
 from .alarms import Alarms
 from .build import algorithm_of, build_roles, load_starts, task_and_scorer
-from .checkpoint import DamagedError, load_state, save_state
+from .checkpoint import DamagedError, gather_spread, load_state, remove_checkpoint, save_state
 from .export import export_roles
 from .folder import RunFolder, listed
 from .iteration import Begun, Iterations
@@ -113,7 +113,6 @@ class Run:
         """
         with ExitStack() as held:
             processes.by_first(lambda: held.enter_context(self.files.alone()))
-            self.shard()
             self.open(resume=resume, start_from=start_from)
             evaluator = self.evaluator()
             self.alarms = processes.by_first(lambda: Alarms.load(self.folder, self.config, evaluator.directions))
@@ -123,13 +122,9 @@ class Run:
             if self.iteration < self.config.iterations:
                 self.console.print(f"Stopped after iteration {self.iteration}, saved. {self._going_on()}", markup=False)
             exported = self._back_at_alarm()
-            processes.by_first(lambda: self._export(exported))
+            whole = self.roles.whole(evaluated(self.roles.specs))
+            processes.by_first(lambda: self._export(exported, whole))
         return last
-
-    def shard(self) -> None:
-        """Spreads the frozen transformers over the processes, where the settings say so and it is not done yet."""
-        if self.config.model.shard:
-            self.roles.shard()
 
     def _start(self, evaluator: Evaluator, first: Evaluation | None) -> Evaluation:
         """Evaluates the run as it stands, before an iteration; what the start shows is what alarms go by."""
@@ -155,9 +150,9 @@ class Run:
         self.console.print(f"What is exported is iteration {self.sound}, the last evaluated one without an alarm")
         return self.sound
 
-    def _export(self, iteration: int) -> None:
+    def _export(self, iteration: int, whole: Any) -> None:
         with self.files.exporting(iteration):
-            self.export(self.folder)
+            export_roles(self.folder, self.config.model, self.backbone, self.roles, whole)
 
     def _going_on(self, *, earlier: bool = False) -> str:
         """How to resume; ``earlier``: from a checkpoint that one chooses."""
@@ -231,6 +226,9 @@ class Run:
 
     def _saved(self) -> str:
         """Saves once more, and says what there is to go on from."""
+        if self.roles.spread:  # takes all processes, and one of them may be lost
+            known = listed(self.files.checkpoints()) or "no iteration"
+            return f"There are checkpoints of {known}. Fix the error above first."
         try:
             if not processes.rank():
                 self._save()
@@ -348,7 +346,7 @@ class Run:
         self.load(wanted)
         if not processes.rank():
             for later in saved[saved.index(wanted) + 1 :]:
-                later.unlink()
+                remove_checkpoint(later)
 
     def checkpoints(self) -> list[Path]:
         """The run's checkpoints, oldest first."""
@@ -357,18 +355,22 @@ class Run:
     def save(self) -> None:
         """Writes a checkpoint that `load` goes on from exactly, and drops old ones."""
         require_alike(self.roles)
-        processes.by_first(self._save)
+        if self.roles.spread:
+            self._save()
+        else:
+            processes.by_first(self._save)
+        processes.by_first(lambda: self.files.drop_old_checkpoints(keep=self.sound))
 
     def _save(self) -> None:
+        """Writes it: in the first process, or in all of them where weights are spread."""
         state = {
             "iteration": self.iteration,
             "seconds": self.seconds,
             "scored": self.scored,
-            "roles": {spec.name: self.roles.state(spec.name) for spec in self.roles.specs},
+            "roles": {spec.name: self.roles.weights(spec.name) for spec in self.roles.specs},
             "algorithm": self.algorithm.state(),
         }
         save_state(self.files.checkpoint(self.iteration), state)
-        self.files.drop_old_checkpoints(keep=self.sound)
 
     def load(self, path: Path) -> None:
         """Goes back to a checkpoint, and drops what the log has from after it."""
@@ -386,6 +388,7 @@ class Run:
                 f"{path}: its roles ({', '.join(state['roles'])}) do not match these settings (first difference: "
                 f"{min(wrong)}); resume with the settings that the run was started with"
             )
+        state = gather_spread(path, state, self.backbone.device.type)
         self.iteration, self.seconds, self.scoring.scored = state["iteration"], state["seconds"], state["scored"]
         for name in names:
             self.roles.load(name, state["roles"][name])
@@ -393,8 +396,9 @@ class Run:
         self._drop_ahead()
 
     def export(self, folder: Path) -> None:
-        """Writes the evaluated weights, and others that the roles declare, for plain diffusers."""
-        export_roles(folder, self.config.model, self.backbone, self.roles)
+        """Writes the evaluated weights, and others that the roles declare, for plain diffusers. Of one process."""
+        whole = self.roles.whole(evaluated(self.roles.specs))
+        export_roles(folder, self.config.model, self.backbone, self.roles, whole)
 
 
 def _noted(error: UserError, cause: Exception) -> UserError:
