@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-fast mutants lint format clean
+.PHONY: demo test test-fast mutants audit lint format clean
 .DELETE_ON_ERROR:
 
 # The environment, made once and again when what it installs changes.
@@ -24,6 +24,10 @@ test-fast: $(BIN)/.installed  ## The tests that are not marked slow
 mutants: $(BIN)/.installed  ## Change core/ and algorithms/ line by line and see which changes no fast test notices
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt '.[mutants]'
 	$(BIN)/python benchmarks/mutants.py --run
+
+audit: $(BIN)/.installed  ## Licences of what users install, known vulnerabilities of the pinned versions
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip-audit pip-licenses
+	$(BIN)/python benchmarks/audit.py
 
 lint: $(BIN)/.installed
 	$(BIN)/ruff format --check src tests benchmarks scorers
