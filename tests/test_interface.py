@@ -38,6 +38,16 @@ def test_recipes_resolve_and_round_trip(name: str, tmp_path: Path):
     ("values", "message"),
     [
         ({"surrogate": {"draw": 2}}, r"unknown setting surrogate\.draw = 2"),
+        ({"name": "../elsewhere"}, r"^name = '\.\./elsewhere': the run's folder lies inside output"),
+        ({"name": "/elsewhere"}, r"^name = '/elsewhere': the run's folder lies inside output"),
+        (
+            {"reward": "ocr + http://me:opensesame@host:80/score"},
+            r"^reward has a name or password before 'host:80', and (?!.*opensesame)",
+        ),
+        (
+            {"scoring": {"environments": {"ocr": {"env_vars": {"HF_TOKEN": "opensesame"}}}}},
+            r"^scoring\.environments has HF_TOKEN for 'ocr', and (?!.*opensesame)",
+        ),
         ({"surrogate": {"reference": "dynamic", "ema_decay": 0.995}}, r"^surrogate\.ema_decay = 0\.995 with reference"),
         (
             {"surrogate": {"added_delta": 1.0}, "model": {"roles": "full"}},

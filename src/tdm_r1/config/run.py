@@ -18,7 +18,7 @@ from ..algorithms.settings import BalanceConfig, BatchConfig, SamplerConfig, Sur
 from ..errors import UserError
 from ..models.settings import ModelConfig, check_model
 from ..plugins import Registry
-from ..rewards.settings import ScoringConfig
+from ..rewards.settings import ScoringConfig, require_no_secret
 from ..settings import SHAPES_CHECKPOINT, STARTS_RUN, Settings
 from ..tasks.registry import TASKS, WITHOUT_METRICS
 from ..tasks.settings import TaskConfig, check_task
@@ -129,6 +129,21 @@ class RunConfig(Settings):
     @classmethod
     def _known_algorithm(cls, value: str) -> str:
         ALGORITHMS.check(value)
+        return value
+
+    @field_validator("name")
+    @classmethod
+    def _inside_output(cls, value: str) -> str:
+        if not value.strip() or Path(value).is_absolute() or ".." in Path(value).parts:
+            raise ValueError(
+                f"name = {value!r}: the run's folder lies inside output; give a name, and --output for where"
+            )
+        return value
+
+    @field_validator("reward")
+    @classmethod
+    def _without_secrets(cls, value: str) -> str:
+        require_no_secret(value)
         return value
 
     @field_validator("trackers")

@@ -16,7 +16,7 @@ from .http import RemoteReward
 from .ray_actors import RayActors
 from .registry import BUILT_IN, load_reward
 from .scores import Reward, Scores, attempt
-from .settings import ScoringConfig
+from .settings import ScoringConfig, require_no_secret
 from .workers import Workers
 
 FAILED_BATCHES = 3  # in a row without any score, after which a run stops; at its start a single one is enough
@@ -33,6 +33,10 @@ class Term:
 
 def parse(text: str) -> list[Term]:
     """Terms of ``ocr + 0.5*aesthetic``. Raises UserError naming the part that is wrong."""
+    try:
+        require_no_secret(text)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     terms = []
     for part in re.split(r"\s\+(?:\s|$)", text.strip()):
         match = re.fullmatch(r"(?:([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)\s*\*\s*)?(.+)", part.strip())

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ..settings import Settings
+
+SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|(API|ACCESS|PRIVATE)_?KEY", re.IGNORECASE)
+
+
+def require_no_secret(reward: str) -> None:
+    """Raises ValueError on a server's URL with a name or password in it: settings are written to the run's folder."""
+    if found := re.search(r"https?://[^/@\s]+@([^/\s]*)", reward):
+        raise ValueError(
+            f"reward has a name or password before {found[1]!r}, and settings are kept in files: leave it out; a token "
+            "goes into the environment variable TDM_R1_TOKEN"
+        )
 
 
 class ScoringConfig(Settings):
@@ -42,6 +54,18 @@ class ScoringConfig(Settings):
     normalize: Literal["none", "group"] = Field(
         "none", description="group: each reward of a sum is given mean 0 and deviation 1 in each group first."
     )
+
+    @field_validator("environments")
+    @classmethod
+    def _without_secrets(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for reward, environment in value.items():
+            for name in environment.get("env_vars", {}):
+                if SECRET.search(name):
+                    raise ValueError(
+                        f"scoring.environments has {name} for {reward!r}, and settings are kept in files: set it where "
+                        "Ray is started"
+                    )
+        return value
 
     @model_validator(mode="after")
     def _of_one_backend(self) -> ScoringConfig:
