@@ -46,7 +46,7 @@ def test_architectures_have_the_published_sizes(name: str, transformer: float, t
 
 
 def test_recipes_of_real_models_name_known_architectures():
-    for name in ("sd35m_geneval", "sd35m_ocr", "sd35m_imagereward", "sd35m_hps", "sd35m_tdm"):
+    for name in ("sd35m_geneval", "sd35m_ocr", "sd35m_imagereward", "sd35m_hps", "sd35m_judge", "sd35m_tdm"):
         assert architecture_of(load_recipe(name).model.path) == "sd35_medium"
     for name in ("zimage_geneval", "zimage_hpsv3"):
         model = load_recipe(name).model

@@ -13,7 +13,7 @@ from tdm_r1.config.run import RunConfig
 PAGE = Path(__file__).parent.parent / "docs" / "real_models.md"
 GROUPS = ("batch.", "sampler.", "tdm.", "surrogate.", "balance.")
 ALGORITHM = ("algorithm", *GROUPS, "model.lora.", "model.dtype", "model.roles", "model.merge")
-REAL = ("sd35m_geneval", "sd35m_ocr", "sd35m_imagereward", "sd35m_hps", "zimage_geneval", "zimage_hpsv3")
+REAL = ("sd35m_geneval", "sd35m_ocr", "sd35m_imagereward", "sd35m_hps", "sd35m_judge", "zimage_geneval", "zimage_hpsv3")
 
 
 def listed() -> dict[str, list[str]]:

@@ -8,13 +8,17 @@ import io
 import json
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import tiny_models
+from tdm_r1.config.load import load_recipe
 from tdm_r1.errors import UserError
 from tdm_r1.rewards.vlm import VLMJudge, final_score
+from tdm_r1.train.run import Run
 
 
 @pytest.mark.parametrize(
@@ -104,6 +108,35 @@ def test_a_judge_scores_pictures(url: str, monkeypatch):
     assert any("out of memory" in why for why in scores.failures)
     assert any(why.startswith("IndexError") for why in scores.failures)
     assert sorted(t.split('"')[1] for t in Judge.asked) == ["a cat", "a cow", "a dog", "a hen", "{curly} braces"]
+
+
+def test_the_judges_recipe_runs(url: str, monkeypatch, tmp_path: Path):
+    """On a small random model of the recipe's class; the judge grades by how bright a picture is."""
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    monkeypatch.setenv("OPENAI_BASE_URL", url)
+    (tmp_path / "prompts.txt").write_text("a cat\na red dog\n")
+    small = {
+        "model.path": str(tiny_models.sd3(tmp_path / "sd3", dual=True)),
+        "model.student_lora": None,
+        "model.max_sequence_length": 48,
+        "model.resolution": 32,
+        "distill_with": None,
+        "task.prompts": tmp_path / "prompts.txt",
+        "task.eval_prompts": None,
+        "batch.prompts": 2,
+        "batch.group": 3,
+        "batch.trained": None,
+        "batch.micro_batch": 3,
+        "evaluation.prompts": 2,
+        "iterations": 1,
+        "output": tmp_path,
+    }
+    run = Run(load_recipe("sd35m_judge").override(small))
+    run.fit()
+    assert len(Judge.asked) == run.scored + 2 * 2  # and the evaluations of the start and the end
+    rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    given = [row for row in rows if "reward/mean" in row]
+    assert 1 <= given[0]["reward/mean"] <= 5
 
 
 def test_a_judge_without_a_key_says_what_to_set(monkeypatch):
