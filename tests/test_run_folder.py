@@ -152,14 +152,24 @@ def test_an_earlier_checkpoint_is_gone_on_from(tiny_config: Make, capsys):
     assert [iteration_of(p) for p in run.checkpoints()] == [2, 3, 4]
 
 
-def test_the_best_and_the_last_checkpoints_are_kept(tiny_config: Make):
-    run = Run(tiny_config(iterations=8))
+@pytest.mark.parametrize(("metric", "low", "best"), [("reward", False, 2), ("frechet", True, 1), ("strict", False, 7)])
+def test_the_best_and_the_last_checkpoints_are_kept(metric: str, low: bool, best: int, tiny_config: Make):
+    run = Run(tiny_config(iterations=8, evaluation={"best": metric}))
+    run.best_is_low = low
     run.open()
     for iteration, reward in enumerate((0.1, 0.9, 0.3, 0.2, 0.8, 0.5, 0.4)):
         run.iteration = iteration + 1
         run.save()
-        run._log({"eval/reward": reward})
-    assert [iteration_of(p) for p in run.checkpoints()] == [2, 5, 6, 7]
+        run._log({"eval/reward": reward, "eval/frechet": reward})
+    assert [iteration_of(p) for p in run.checkpoints()] == sorted({best, 5, 6, 7})
+
+
+def test_the_metric_of_the_best_checkpoint_has_to_be_measured(tiny_config: Make):
+    with pytest.raises(UserError, match=r"evaluation\.best = 'beauty': the metrics are .*strict.*; name one"):
+        Run(tiny_config(evaluation={"best": "beauty"})).fit()
+    run = Run(tiny_config(evaluation={"best": "frechet"}))
+    run.fit()
+    assert run.best_is_low
 
 
 def test_a_diverged_run_names_the_checkpoints_that_there_are(tiny_config: Make, monkeypatch):

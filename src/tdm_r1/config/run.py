@@ -39,6 +39,10 @@ class EvalConfig(Settings):
         (), description="Other tasks whose metrics are reported as task/metric: what training on one does to another."
     )
 
+    best: str = Field(
+        "reward",
+        description="The metric of evaluations (strict, mini/frechet, ...) whose best checkpoint is kept.",
+    )
     alarm_at: float = Field(
         3.0,
         gt=0,

@@ -136,11 +136,17 @@ class RunFolder:
         """Where the checkpoint after an iteration is, or is to be."""
         return self.path / "checkpoints" / f"iteration_{iteration:06d}.safetensors"
 
-    def drop_old_checkpoints(self, *, keep: int | None = None) -> None:
-        """Keeps the last ones, the one of the best evaluation, and that of the iteration ``keep``."""
-        best = max(self.history(), key=lambda row: row.get("eval/reward", -math.inf), default={}).get("iteration")
+    def drop_old_checkpoints(self, *, best: str = "reward", lower: bool = False, keep: int | None = None) -> None:
+        """Keeps the last ones, the one of the best evaluation, and that of the iteration ``keep``.
+
+        Args:
+            best: the metric that says which is the best; ``lower``: whether low values are better.
+        """
+        name, sign = f"eval/{best}", -1 if lower else 1
+        evaluated = (row for row in self.history() if name in row)
+        found = max(evaluated, key=lambda row: sign * row[name], default={}).get("iteration")
         for old in self.checkpoints()[:-KEPT_CHECKPOINTS]:
-            if iteration_of(old) not in (best, keep):
+            if iteration_of(old) not in (found, keep):
                 remove_checkpoint(old)
 
 

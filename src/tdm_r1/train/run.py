@@ -70,6 +70,7 @@ class Run:
         )
         self.ahead: Begun | None = None  # the next iteration, where it has been begun before this one's end
         self.alarms = Alarms({}, {}, {}, at=config.evaluation.alarm_at)  # those of the run come with its start
+        self.best_is_low = False  # of `evaluation.best`; known when the run starts
         self.alarmed, self.sound = False, 0  # whether any was raised; the last evaluated iteration before that
         self.iteration = 0
         self.seconds = 0.0
@@ -115,6 +116,7 @@ class Run:
             processes.by_first(lambda: held.enter_context(self.files.alone()))
             self.open(resume=resume, start_from=start_from)
             evaluator = self.evaluator()
+            self.best_is_low = evaluator.directions.get(self.config.evaluation.best) == "down"
             self.alarms = processes.by_first(lambda: Alarms.load(self.folder, self.config, evaluator.directions))
             with self._nothing_lost():
                 last = self._train(evaluator, self._start(evaluator, first) if self._due() else None)
@@ -129,6 +131,8 @@ class Run:
     def _start(self, evaluator: Evaluator, first: Evaluation | None) -> Evaluation:
         """Evaluates the run as it stands, before an iteration; what the start shows is what alarms go by."""
         result, at = first or evaluator(self.few_step()), self.config.evaluation.alarm_at
+        if (best := self.config.evaluation.best) not in result.metrics:
+            raise UserError(f"evaluation.best = {best!r}: the metrics are {', '.join(result.metrics)}; name one")
         if self.iteration == 0:
             if self.config.algorithm != "tdm":  # the start of a distillation is not what is to be kept
                 self.alarms = Alarms(evaluator.directions, result.metrics, evaluator.noise(result), at=at)
@@ -359,7 +363,8 @@ class Run:
             self._save()
         else:
             processes.by_first(self._save)
-        processes.by_first(lambda: self.files.drop_old_checkpoints(keep=self.sound))
+        best, low = self.config.evaluation.best, self.best_is_low
+        processes.by_first(lambda: self.files.drop_old_checkpoints(best=best, lower=low, keep=self.sound))
 
     def _save(self) -> None:
         """Writes it: in the first process, or in all of them where weights are spread."""
