@@ -103,6 +103,10 @@ def test_a_run_whose_roles_are_spread_can_be_looked_at_and_gone_on_with_in_one_p
     shares.write_bytes(shares.read_bytes()[:-1] + b"x")
     with pytest.raises(DamagedError, match="checksum"):
         run.load(checkpoint)
+    checkpoint.unlink()  # as a run leaves it that is killed before a checkpoint is whole
+    with run.files.alone():
+        assert not list(checkpoint.parent.glob(f"{checkpoint.stem}.*"))
+        assert len(list(checkpoint.parent.glob("*.shares"))) == len(run.checkpoints())
 
 
 SMALL = (

@@ -95,6 +95,13 @@ def remove_shares(path: Path, *, but: str | None = None) -> None:
             shutil.rmtree(folder)
 
 
+def remove_orphans(folder: Path) -> None:
+    """Removes the shares that a run which was killed has left without their file."""
+    for shares in folder.glob("*.shares"):
+        if not (folder / f"{shares.name.split('.')[0]}.safetensors").exists():
+            shutil.rmtree(shares)
+
+
 def gather_spread(path: Path, state: Any, device: str) -> Any:
     """What `load_state` has read, with the tensors that were spread over processes: spread over those that there are
     now, which all have to call this, or whole in one.

@@ -17,7 +17,7 @@ from ..config.load import load_recipe
 from ..config.run import CONFIG_FILE, LOG, RunConfig, dump
 from ..errors import UserError
 from ..files import remove_partial, write_text
-from .checkpoint import remove_checkpoint
+from .checkpoint import remove_checkpoint, remove_orphans
 
 KEPT_CHECKPOINTS = 3  # the last ones; the best evaluated one is kept beside them
 EXPORTS = ("lora", "transformer")  # what a run writes at its end, or when it is interrupted
@@ -53,6 +53,7 @@ class RunFolder:
                 pass  # some network file systems have no locks
             else:
                 remove_partial(self.path)
+                remove_orphans(self.path / "checkpoints")
             yield
 
     def begin(self, config: RunConfig) -> None:
