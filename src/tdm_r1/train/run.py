@@ -131,15 +131,16 @@ class Run:
     def _start(self, evaluator: Evaluator, first: Evaluation | None) -> Evaluation:
         """Evaluates the run as it stands, before an iteration; what the start shows is what alarms go by."""
         result, at = first or evaluator(self.few_step()), self.config.evaluation.alarm_at
-        if (best := self.config.evaluation.best) not in result.metrics:
-            raise UserError(f"evaluation.best = {best!r}: the metrics are {', '.join(result.metrics)}; name one")
         if self.iteration == 0:
             if self.config.algorithm != "tdm":  # the start of a distillation is not what is to be kept
                 self.alarms = Alarms(evaluator.directions, result.metrics, evaluator.noise(result), at=at)
                 processes.by_first(lambda: self.alarms.save(self.folder, self.config))
             if self.config.evaluation.on_alarm == "back":
                 self.save()  # there may be nothing else to go back to
-        return self._report(result)
+        self._report(result)
+        if (best := self.config.evaluation.best) not in result.metrics:
+            raise UserError(f"evaluation.best = {best!r}: the metrics are {', '.join(result.metrics)}; name one")
+        return result
 
     def _back_at_alarm(self) -> int:
         """The iteration whose weights are to be exported: after an alarm, where the settings say so, those of the last
