@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from threading import Event, Timer
+from time import sleep
 
 import pytest
 import torch
 
 from tdm_r1.config.run import RunConfig
+from tdm_r1.errors import UserError
 from tdm_r1.models.specification import Role
 from tdm_r1.train.run import Run
 
@@ -106,3 +108,58 @@ def test_what_has_been_begun_is_given_up_at_the_end(tiny_config: Make):
     assert run.ahead is None
     assert len(calls) == 4  # three of the first batch, and the one of the next that was being scored
     assert run.scored == 12
+
+
+def test_an_algorithm_without_scores_is_never_ahead(tiny_config: Make):
+    run = Run(tiny_config(algorithm="tdm", iterations=3, save_every=3, batch={"group": 1}, **STALE))
+    run.step()
+    assert run.ahead is None
+    assert run.algorithm.optimizers[Role.GENERATOR].updates == 1
+
+
+def test_a_checkpoint_in_between_is_gone_on_from_exactly(tiny_config: Make):
+    run, again = (Run(tiny_config(iterations=4, save_every=4, **STALE)) for _ in range(2))
+    run.open()
+    run.step()
+    assert run.ahead is not None
+    run.save()
+    again.load(run.checkpoints()[-1])
+    for either in (run, again):
+        either.step()
+        either.step()
+    assert torch.equal(weights(run), weights(again))
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_after_an_error_nothing_is_scored_any_more(staleness: int, tiny_config: Make):
+    calls: list[int] = []
+
+    def reward(images, prompts, metadata):
+        calls.append(len(images))
+        if len(calls) == 4:
+            raise UserError("the licence has run out")
+        if len(calls) > 4:
+            sleep(0.2)
+        return images.mean((1, 2, 3))
+
+    settings = {"batch": {"micro_batch": 4}, "scoring": {"staleness": staleness}}
+    run = Run(tiny_config(iterations=3, save_every=3, **settings), reward=reward)
+    run.step()
+    with pytest.raises(UserError, match="run out"):
+        run.step()
+    run.close()
+    at_the_end = len(calls)
+    run.scoring.background.submit(len, ()).result()  # after all that was waiting
+    assert len(calls) == at_the_end
+
+
+def test_what_has_been_begun_is_given_up_if_the_next_cannot_begin(tiny_config: Make, monkeypatch):
+    run = Run(tiny_config(iterations=3, save_every=3, **STALE))
+    first = run.iterations.begin(0)
+    run.ahead = first
+    monkeypatch.setattr(run.backbone, "decode", lambda latents: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run.step()
+    assert first.pending is not None
+    assert all(future.done() for future in first.pending.futures)
+    assert run.iteration == 0

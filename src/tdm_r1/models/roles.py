@@ -86,7 +86,7 @@ class Roles:
     @contextmanager
     def _adapters_in_tf32(self) -> Iterator[None]:
         """TensorFloat32 for float32 adapters on a bfloat16 backbone, and for nothing outside: rewards in this process
-        compute in float32."""
+        compute in float32. It is set for the whole process: switch ``tf32`` off where rewards run at the same time."""
         before = torch.get_float32_matmul_precision()
         if self.tf32:
             torch.set_float32_matmul_precision("high")

@@ -83,10 +83,14 @@ class Scorer:
         return load_reward(name)
 
     @property
+    def apart(self) -> bool:
+        """Whether no reward is computed in this process."""
+        return all(isinstance(reward, Workers | RayActors | RemoteReward) for reward in self.rewards)
+
+    @property
     def parallel(self) -> int:
         """Batches that may be scored at once: a reward in this process takes one at a time."""
-        apart = all(isinstance(reward, Workers | RayActors | RemoteReward) for reward in self.rewards)
-        return max(self.config.workers, 1) if apart else 1
+        return max(self.config.workers, 1) if self.apart else 1
 
     def __call__(self, images: np.ndarray, prompts: Sequence[Prompt]) -> Scores:
         """Scores pictures, uint8 [B, H, W, 3], with the weighted sum as it is, whatever training normalises."""

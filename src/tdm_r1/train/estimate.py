@@ -160,7 +160,9 @@ def _held(config: RunConfig, parts: _Parts, specs: tuple[RoleSpec, ...], gpus: i
         "merged copies": combined * parts.adapted_bytes,
         "adapters on a second transformer": FLOAT_BYTES * len(beside) * parts.adapter_numbers,
         "autoencoder": 0 if m.offload else parts.autoencoder_bytes,
-        "prompts and trajectories": b.prompts * (parts.prompt_bytes + points * b.group * parts.latent_bytes),
+        "prompts and trajectories": (1 + config.scoring.staleness)
+        * b.prompts
+        * (parts.prompt_bytes + points * b.group * parts.latent_bytes),
     }
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ from .scoring import LatentScorer, Pending
 class Begun:
     """An iteration whose samples ``latents`` [B, C, H, W] have been made and are being scored (``pending``).
 
-    Both are None for an algorithm that asks for no scores: it is done then, and ``metrics`` has what it found.
+    Both are None for an algorithm that needs no scores: its iteration is complete then, and ``metrics`` has the result.
     """
 
     number: int
@@ -36,9 +37,18 @@ class Begun:
     metrics: dict[str, float]
 
     def drop(self) -> None:
-        """Gives it up, once what scores it has come to rest."""
+        """Cancels the scoring that has not started, and waits for the rest."""
         if self.pending is not None:
             self.pending.drop()
+
+    @contextmanager
+    def dropped_on_error(self) -> Iterator[None]:
+        """Drops it if the block raises."""
+        try:
+            yield
+        except BaseException:
+            self.drop()
+            raise
 
 
 class Iterations:
@@ -93,7 +103,7 @@ class Iterations:
             begun.step.send(torch.from_numpy(scores.values))
         except StopIteration as finished:
             return finished.value | parts | begun.seconds.read()
-        raise TypeError(f"the step of {self.config.algorithm} asks for scores twice: it may yield once")
+        raise TypeError(f"the step of {self.config.algorithm} yields twice: it may once")
 
     def _without_reward(self, i: int) -> tuple[Conditioning, Tensor]:
         """Conditioning and noise of the samples that KL alone is for."""

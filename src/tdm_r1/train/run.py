@@ -65,6 +65,8 @@ class Run:
         self.scoring = LatentScorer(
             self.backbone, self.scorer, micro_batch=b.micro_batch, group=b.group, console=self.console
         )
+        if config.scoring.staleness and not self.scorer.apart:
+            self.roles.tf32 = False  # it is set for the whole process, where rewards are then computed at the same time
         self.iterations = Iterations(
             config, self.task, kl_task, self.embed, self.backbone.latent_shape, self.algorithm, self.scoring
         )
@@ -81,8 +83,9 @@ class Run:
         i = self.iteration
         with peak_memory(self.backbone.device) as memory:
             begun, self.ahead = self.ahead or self.iterations.begin(i), None
-            if self.config.scoring.staleness and not self._stands_still(i + 1):
-                self.ahead = self.iterations.begin(i + 1)
+            if self.config.scoring.staleness and begun.pending is not None and not self._stands_still(i + 1):
+                with begun.dropped_on_error():
+                    self.ahead = self.iterations.begin(i + 1)
             metrics = self.iterations.finish(begun)
         self.iteration += 1
         return metrics | memory
@@ -358,7 +361,11 @@ class Run:
         return processes.by_first(self.files.checkpoints)
 
     def save(self) -> None:
-        """Writes a checkpoint that `load` goes on from exactly, and drops old ones."""
+        """Writes a checkpoint that `load` goes on from exactly, and drops old ones.
+
+        An iteration that has been begun is dropped, and begun anew by this run as by one that resumes.
+        """
+        self._drop_ahead()
         require_alike(self.roles)
         if self.roles.spread:
             self._save()

@@ -30,7 +30,7 @@ class Pending:
     futures: Sequence[Future[list[Scores]]]
 
     def drop(self) -> None:
-        """Gives up what has not begun, and waits for what has."""
+        """Cancels what has not started, and waits for the rest."""
         for future in self.futures:
             future.cancel()
         wait(self.futures)
@@ -61,7 +61,11 @@ class LatentScorer:
 
     def collect(self, pending: Pending) -> Scores:
         """The scores of what was submitted, in all processes. Raises UserError if there is nothing to learn from."""
-        chunks = processes.together(lambda: [future.result() for future in pending.futures])
+        try:
+            chunks = processes.together(lambda: [future.result() for future in pending.futures])
+        except BaseException:
+            pending.drop()
+            raise
         chunks = [chunk for of_one in processes.gather_each(chunks) for chunk in of_one]
         scores = self.scorer.total([joined(term) for term in zip(*chunks, strict=True)], group_size=self.group)
         self.scored += pending.samples
@@ -71,11 +75,16 @@ class LatentScorer:
 
     def _each(self, latents: Tensor, prompts: Sequence[Prompt]) -> list[Future[list[Scores]]]:
         """The scores of every term of the reward, a micro-batch at a time, some of them while the next are decoded."""
+        futures: list[Future[list[Scores]]] = []
         starts = range(0, len(latents), self.micro_batch)
-        return [
-            self.background.submit(self.scorer.each, self.backbone.decode(part), prompts[start : start + len(part)])
-            for start, part in zip(starts, latents.split(self.micro_batch), strict=True)
-        ]
+        try:
+            for start, part in zip(starts, latents.split(self.micro_batch), strict=True):
+                of_part = prompts[start : start + len(part)]
+                futures.append(self.background.submit(self.scorer.each, self.backbone.decode(part), of_part))
+        except BaseException:
+            Pending(len(latents), futures).drop()
+            raise
+        return futures
 
     def show_failures(self, scores: Scores) -> None:
         """Shows each thing that went wrong in scoring once."""
