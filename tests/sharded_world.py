@@ -5,13 +5,17 @@ python -m torch.distributed.run --standalone --nproc-per-node 2 tests/sharded_wo
 
 from __future__ import annotations
 
+import errno
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -91,6 +95,21 @@ def shares(state: dict[str, Any]) -> list[Tensor]:
     return [p.to_local() if isinstance(p, DTensor) else p for p in tensors]
 
 
+def a_full_disk(run: Run) -> None:
+    """Saving raises what all other code takes for a full disk, and leaves the checkpoints as they were."""
+
+    def no_space(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = sorted((run.folder / "checkpoints").iterdir())
+    with (
+        patch.object(HuggingFaceStorageWriter, "write_data", no_space),
+        pytest.raises(OSError, match=r"cannot write .*\.shares: OSError: .*No space left"),
+    ):
+        run.save()
+    assert sorted((run.folder / "checkpoints").iterdir()) == before
+
+
 def fit(folder: Path) -> None:
     """The run, and once more from its first checkpoint."""
     found = []
@@ -102,6 +121,11 @@ def fit(folder: Path) -> None:
         run.algorithm.load_state(tree_map_only(Tensor, shards.gathered, own))  # as a run of one process has saved them
         assert all(map(torch.equal, *map(shares, (own, run.algorithm.state())))), "whole"
     assert all(torch.equal(p, found[1][n]) for n, p in found[0].items()), "resumed"
+    plain = Run(fitted(folder, shard=False))  # several processes, each of which has all weights
+    plain.load(plain.checkpoints()[-1])
+    assert all(torch.equal(p, found[0][n]) for n, p in states(plain).items()), "not spread"
+    plain.step()
+    a_full_disk(run)
     if processes.rank() == 0:
         save_file(found[0], folder / "fitted.safetensors")
 

@@ -78,6 +78,10 @@ def test_recipes_resolve_and_round_trip(name: str, tmp_path: Path):
             {"model": {"teacher": "other/base"}, "surrogate": {"weights": "full", "added_delta": 1.0}},
             r"^surrogate\.added_delta = 1\.0 with surrogate\.weights = full and model\.teacher = 'other/base'",
         ),
+        (
+            {"model": {"shard": True}, "surrogate": {"weights": "full", "added_delta": 1.0}},
+            r"^surrogate\.added_delta = 1\.0 with surrogate\.weights = full and model\.shard = True",
+        ),
         ({"evaluation": {"also": ["geneval"]}}, r"evaluation\.also = 'geneval': this task has no metrics"),
         ({"model": {"dtype": "float16"}}, r"model\.dtype = 'float16': .*'float32' or 'bfloat16'"),
         ({"iterations": 0}, "iterations = 0: .*greater than or equal to 1"),

@@ -103,10 +103,13 @@ def test_a_run_whose_roles_are_spread_can_be_looked_at_and_gone_on_with_in_one_p
     shares.write_bytes(shares.read_bytes()[:-1] + b"x")
     with pytest.raises(DamagedError, match="checksum"):
         run.load(checkpoint)
-    checkpoint.unlink()  # as a run leaves it that is killed before a checkpoint is whole
+    checkpoint.unlink()  # as a run leaves it that is killed before a checkpoint is whole, and when it is written again
+    (first,) = run.checkpoints()
+    (checkpoint.parent / f"{first.stem}.0badcafe.shares").mkdir()
     with run.files.alone():
         assert not list(checkpoint.parent.glob(f"{checkpoint.stem}.*"))
-        assert len(list(checkpoint.parent.glob("*.shares"))) == len(run.checkpoints())
+        assert len(list(checkpoint.parent.glob("*.shares/*"))) == 2
+        assert len(list(checkpoint.parent.glob("*.shares"))) == 1
 
 
 SMALL = (

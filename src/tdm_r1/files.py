@@ -25,7 +25,7 @@ def whole_file(path: Path) -> Iterator[Path]:
             yield partial
             sync(partial)
             os.replace(partial, path)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -46,7 +46,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
             if path.exists():
                 os.replace(path, old)
             os.replace(partial, path)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
             shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -68,7 +68,7 @@ def sync(file: Path) -> None:
         os.fsync(opened.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Its names are those that there were last, also after a power cut, where the system can say so of folders."""
     try:
         opened = os.open(folder, os.O_RDONLY)

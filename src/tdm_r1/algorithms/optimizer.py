@@ -33,7 +33,7 @@ class Optimizer:
         self.total = total
         self.skipped = 0  # updates in a row whose gradient was not finite
         if config.eight_bit and any(map(shards.is_spread, parameters)):
-            raise UserError("eight_bit = True with model.shard: bitsandbytes takes whole weights; set it to false")
+            raise UserError("an optimizer's eight_bit = True with model.shard = True: set eight_bit to false")
         kind: Callable[..., torch.optim.Optimizer] = _eight_bit_adamw() if config.eight_bit else torch.optim.AdamW
         self.adamw = kind(parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay)
         self.schedule = LambdaLR(self.adamw, self._share)

@@ -373,6 +373,11 @@ def check_tdm_r1(settings: AlgorithmSettings) -> None:
             f"surrogate.added_delta = {s.added_delta} with model.roles = full: it is added to adapters alone; set it "
             "to 0"
         )
+    if s.added_delta and s.weights == "full" and c.model.shard:
+        raise ValueError(
+            f"surrogate.added_delta = {s.added_delta} with surrogate.weights = full and model.shard = True: the change "
+            "of weights that are spread cannot be added; set added_delta to 0, or surrogate.weights to lora"
+        )
     if s.added_delta and s.weights == "full" and c.model.dtype != "float32":
         raise ValueError(
             f"surrogate.added_delta = {s.added_delta} with surrogate.weights = full and model.dtype = {c.model.dtype}: "

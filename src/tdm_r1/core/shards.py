@@ -51,13 +51,15 @@ def is_spread(tensor: Tensor) -> bool:
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """The whole of a tensor, in every process; all of them have to ask for it."""
+    """The whole of a tensor, in every process. Collective: call it in all of them."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def share_of(tensor: Tensor, like: Tensor) -> Tensor:
-    """What fits ``like``: of a whole tensor this process's share, where ``like`` is spread."""
-    if not isinstance(like, DTensor) or isinstance(tensor, DTensor):
+    """A tensor as ``like`` is: this process's share of it, or whole. Collective where the tensor alone is spread."""
+    if not isinstance(like, DTensor):
+        return gathered(tensor)
+    if isinstance(tensor, DTensor):
         return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 

@@ -58,7 +58,7 @@ class RoleWeights:
             p.copy_(shards.share_of(weights[key], like=p))
 
     def state(self) -> dict[str, Tensor]:
-        """A copy of the weights, on the CPU; whole, where they are spread over processes, which all have to ask."""
+        """A copy of the weights, on the CPU; whole, and then collective, where they are spread over processes."""
         self.require_owned()
         return {name: shards.gathered(p.detach()).to("cpu", copy=True) for name, p in self.parameters.items()}
 

@@ -184,8 +184,8 @@ class Roles:
 
     @torch.no_grad()  # a copy
     def whole(self, name: str) -> Any:
-        """The transformer that computes a role, or where that is spread over processes, which then all have to ask, a
-        copy of it in main memory, in the first one alone."""
+        """The transformer that computes a role. Where that is spread over processes this is collective, and the first
+        one gets a whole copy in main memory, the others None."""
         transformer = self.transformer(name)
         if self._members[name].adapter is not None or not self._members[name].host.sharded:
             return transformer
@@ -215,7 +215,7 @@ class Roles:
         self.load(target, self.weights(source))
 
     def state(self, name: str) -> dict[str, Tensor]:
-        """A copy of the role's own weights, on the CPU; whole, where they are spread over processes."""
+        """A copy of the role's own weights, on the CPU; whole, and then collective, where they are spread."""
         return self._members[name].state()
 
     def deltas(self, name: str) -> list[Tensor]:

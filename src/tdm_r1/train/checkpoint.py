@@ -1,7 +1,7 @@
 """Checkpoints: nested dictionaries of tensors and plain values in one safetensors file, written atomically.
 
 Tensors that are spread over processes stand in a folder beside it, which torch.distributed.checkpoint writes, as
-safetensors too: every process its shares, to be read by any number of them. A folder that no file names is of no use.
+safetensors too: every process its shares, to be read by any number of them. The file names its folder.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import json
 import shutil
 import uuid
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,10 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from ..core import processes, shards
-from ..files import sync, whole_file
+from ..files import sync, sync_folder, whole_file
 
 _TREE, _DIGEST, _SHARES = "tdm_r1_tree", "tdm_r1_digest", "tdm_r1_shares"  # keys of the file's metadata
 
@@ -46,7 +48,7 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
     """Writes nested dicts and lists of tensors, numbers, strings and None to ``path`` (safetensors, no pickle).
 
     The file appears whole or not at all. Dictionary keys may be strings or integers. Where tensors are spread over the
-    processes, all of those have to call this, with a path that all see.
+    processes this is collective: call it in all of them, with a path that all see. Raises OSError if it cannot write.
     """
     tensors: dict[str, Tensor] = {}
     spread: dict[str, Tensor] = {}
@@ -70,7 +72,12 @@ def _save_spread(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Every process writes its shares into one new folder; its name, and each file's checksum."""
     folder = path.parent / processes.by_first(lambda: f"{path.stem}.{uuid.uuid4().hex[:8]}.shares")
     writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    dcp.save(tensors, storage_writer=writer)
+    try:
+        with _told(f"cannot write {folder}"):
+            dcp.save(tensors, storage_writer=writer)
+    except OSError:
+        processes.by_first(lambda: shutil.rmtree(folder, ignore_errors=True))
+        raise
 
     def finish() -> dict[str, str]:
         own = sorted(folder.glob("*.safetensors"))[processes.rank() :: processes.count()]
@@ -79,7 +86,18 @@ def _save_spread(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
         return {file.name: _digest_of_file(file) for file in own}
 
     digests = [digest for own in processes.gather_each(processes.together(finish)) for digest in own.items()]
+    processes.by_first(lambda: sync_folder(folder))
     return {"folder": folder.name, "digests": dict(digests)}
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Raises OSError in place of what torch.distributed.checkpoint raises in all processes, which is no Exception."""
+    try:
+        yield
+    except CheckpointException as error:
+        first = next(iter(error.failures.values()))[0]
+        raise OSError(f"{what}: {type(first).__name__}: {first}") from error
 
 
 def remove_checkpoint(path: Path) -> None:
@@ -96,15 +114,30 @@ def remove_shares(path: Path, *, but: str | None = None) -> None:
 
 
 def remove_orphans(folder: Path) -> None:
-    """Removes the shares that a run which was killed has left without their file."""
+    """Removes the shares that no checkpoint names: a run that was killed while it wrote has left them."""
     for shares in folder.glob("*.shares"):
-        if not (folder / f"{shares.name.split('.')[0]}.safetensors").exists():
+        path = folder / f"{shares.name.split('.')[0]}.safetensors"
+        if not path.exists() or _folder_of_shares(path) not in (shares.name, None):
             shutil.rmtree(shares)
+
+
+def _folder_of_shares(path: Path) -> str | None:
+    """The name of the folder that a checkpoint's shares are in; None if the file cannot be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return _shares_of(file.metadata() or {})["folder"]
+    except SafetensorError:
+        return None
+
+
+def _shares_of(metadata: Mapping[str, str]) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(metadata.get(_SHARES, '{"folder": "", "digests": {}}'))
+    return found
 
 
 def gather_spread(path: Path, state: Any, device: str) -> Any:
     """What `load_state` has read, with the tensors that were spread over processes: spread over those that there are
-    now, which all have to call this, or whole in one.
+    now, or whole in one. Collective: call it in all of them.
 
     Args:
         device: the kind of device that they go to.
@@ -123,7 +156,8 @@ def gather_spread(path: Path, state: Any, device: str) -> Any:
         reader = dcp.HuggingFaceStorageReader(str(path.parent / folder))
         with warnings.catch_warnings():  # that there is a single process
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.load(wanted, storage_reader=reader)
+            with _told(f"cannot read {path.parent / folder}"):
+                dcp.load(wanted, storage_reader=reader)
     return state
 
 
@@ -149,7 +183,7 @@ def load_state(path: Path) -> Any:
         raise DamagedError(
             f"{path} is damaged: its contents do not match their checksum; resume from another with --from ITERATION"
         )
-    shares = json.loads(metadata.get(_SHARES, '{"folder": "", "digests": {}}'))
+    shares = _shares_of(metadata)
     for name, digest in shares["digests"].items():
         file = path.parent / shares["folder"] / name
         if not file.is_file() or _digest_of_file(file) != digest:

@@ -207,8 +207,8 @@ class Run:
         try:
             yield
         except (UserError, OSError) as error:
-            if not self.iteration:
-                raise  # nothing to save
+            if not self.iteration or (self.roles.spread and not self.files.checkpoints()):
+                raise  # nothing to go on from
             raise _noted(UserError(f"{error}. {self._saved()} {self._going_on()}"), error) from error
         except FloatingPointError as error:  # what has diverged is not saved
             if processes.rank():
@@ -235,8 +235,7 @@ class Run:
     def _saved(self) -> str:
         """Saves once more, and says what there is to go on from."""
         if self.roles.spread:  # takes all processes, and one of them may be lost
-            known = listed(self.files.checkpoints()) or "no iteration"
-            return f"There are checkpoints of {known}. Fix the error above first."
+            return f"There are checkpoints of {listed(self.files.checkpoints())}. Fix the error above first."
         try:
             if not processes.rank():
                 self._save()
