@@ -42,8 +42,19 @@ def test_recipes_resolve_and_round_trip(name: str, tmp_path: Path):
         ({"name": "/elsewhere"}, r"^name = '/elsewhere': the run's folder lies inside output"),
         (
             {"reward": "ocr + http://me:opensesame@host:80/score"},
-            r"^reward has a name or password before 'host:80', and (?!.*opensesame)",
+            r"^reward has a URL with a name, a password or a token for host, and (?!.*opensesame)",
         ),
+        ({"reward": "http://me:open@sesame@host/score"}, r"^reward has a URL .* for host, and (?!.*(open|sesame))"),
+        ({"reward": "http://host/score?token=opensesame"}, r"^reward has a URL .* for host, and (?!.*opensesame)"),
+        (
+            {"scoring": {"environments": {"ocr": {"pip": ["--index-url https://me:opensesame@host/simple"]}}}},
+            r"^scoring\.environments of 'ocr' has a URL .* for host, and (?!.*opensesame)",
+        ),
+        (
+            {"scoring": {"environments": {"ocr": {"env_vars": {"WHO": "opensesame"}}}}},
+            r"^scoring\.environments = \['ocr'\] with scoring\.backend = 'processes': (?!.*opensesame)",
+        ),
+        ({"name": "."}, r"^name = '\.': the run's folder lies inside output"),
         (
             {"scoring": {"environments": {"ocr": {"env_vars": {"HF_TOKEN": "opensesame"}}}}},
             r"^scoring\.environments has HF_TOKEN for 'ocr', and (?!.*opensesame)",

@@ -170,6 +170,10 @@ def test_the_metric_of_the_best_checkpoint_has_to_be_measured(tiny_config: Make)
     run = Run(tiny_config(evaluation={"best": "frechet"}))
     run.fit()
     assert run.best_is_low
+    before = run.checkpoints()
+    with pytest.raises(UserError, match=r"evaluation\.best = 'beauty': the metrics are .*strict.*; name one"):
+        Run(tiny_config(iterations=9, evaluation={"best": "beauty"})).fit(resume=True)
+    assert run.checkpoints() == before
 
 
 def test_a_diverged_run_names_the_checkpoints_that_there_are(tiny_config: Make, monkeypatch):

@@ -138,7 +138,8 @@ class RunConfig(Settings):
     @field_validator("name")
     @classmethod
     def _inside_output(cls, value: str) -> str:
-        if not value.strip() or Path(value).is_absolute() or ".." in Path(value).parts:
+        parts = Path(value).parts
+        if not value.strip() or not parts or Path(value).is_absolute() or ".." in parts or "\0" in value:
             raise ValueError(
                 f"name = {value!r}: the run's folder lies inside output; give a name, and --output for where"
             )
@@ -147,7 +148,7 @@ class RunConfig(Settings):
     @field_validator("reward")
     @classmethod
     def _without_secrets(cls, value: str) -> str:
-        require_no_secret(value)
+        require_no_secret(value, "reward")
         return value
 
     @field_validator("trackers")

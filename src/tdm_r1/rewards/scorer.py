@@ -34,7 +34,7 @@ class Term:
 def parse(text: str) -> list[Term]:
     """Terms of ``ocr + 0.5*aesthetic``. Raises UserError naming the part that is wrong."""
     try:
-        require_no_secret(text)
+        require_no_secret(text, "reward")
     except ValueError as error:
         raise UserError(str(error)) from error
     terms = []

@@ -3,22 +3,41 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
+from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
 from ..settings import Settings
 
-SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|(API|ACCESS|PRIVATE)_?KEY", re.IGNORECASE)
+SECRET = re.compile(r"(^|_)(TOKEN|SECRET|KEY|AUTH|CREDENTIALS?|PASS\w*)$", re.IGNORECASE)  # of a variable, a query
 
 
-def require_no_secret(reward: str) -> None:
-    """Raises ValueError on a server's URL with a name or password in it: settings are written to the run's folder."""
-    if found := re.search(r"https?://[^/@\s]+@([^/\s]*)", reward):
-        raise ValueError(
-            f"reward has a name or password before {found[1]!r}, and settings are kept in files: leave it out; a token "
-            "goes into the environment variable TDM_R1_TOKEN"
-        )
+def require_no_secret(text: str, setting: str) -> None:
+    """Raises ValueError if a URL in a setting's text holds a secret, which the error does not tell.
+
+    That is a password, a name before the host other than ``git``, or a query by a name such as ``token``.
+    """
+    for url in re.findall(r"[a-zA-Z][\w+.-]*://\S+", text):
+        parts = urlsplit(url)
+        queries = [name for name, _ in parse_qsl(parts.query)]
+        if parts.password or parts.username not in (None, "git") or any(map(SECRET.search, queries)):
+            raise ValueError(
+                f"{setting} has a URL with a name, a password or a token for {parts.hostname}, and settings are kept "
+                "in files: leave it out; a scoring server's token goes into the environment variable TDM_R1_TOKEN"
+            )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in nested lists and mappings."""
+    if isinstance(value, Mapping):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item)
+    elif isinstance(value, str):
+        yield value
 
 
 class ScoringConfig(Settings):
@@ -59,8 +78,10 @@ class ScoringConfig(Settings):
     @classmethod
     def _without_secrets(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         for reward, environment in value.items():
-            for name in environment.get("env_vars", {}):
-                if SECRET.search(name):
+            for text in _texts(environment):
+                require_no_secret(text, f"scoring.environments of {reward!r}")
+            for name in environment.get("env_vars") or ():
+                if SECRET.search(str(name)):
                     raise ValueError(
                         f"scoring.environments has {name} for {reward!r}, and settings are kept in files: set it where "
                         "Ray is started"
@@ -75,5 +96,6 @@ class ScoringConfig(Settings):
             return self
         for name in ("ray_address", "gpus", "environments"):
             if value := getattr(self, name):
-                raise ValueError(f"scoring.{name} = {value!r} with scoring.backend = 'processes': it is for 'ray'")
+                shown = list(value) if name == "environments" else value  # whose contents may be secret
+                raise ValueError(f"scoring.{name} = {shown!r} with scoring.backend = 'processes': it is for 'ray'")
         return self

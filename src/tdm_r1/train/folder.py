@@ -137,12 +137,16 @@ class RunFolder:
         """Where the checkpoint after an iteration is, or is to be."""
         return self.path / "checkpoints" / f"iteration_{iteration:06d}.safetensors"
 
-    def drop_old_checkpoints(self, *, best: str = "reward", lower: bool = False, keep: int | None = None) -> None:
-        """Keeps the last ones, the one of the best evaluation, and that of the iteration ``keep``.
+    def require_metric(self, best: str) -> None:
+        """Raises UserError if the log has evaluations, and none of them has this metric."""
+        evaluated = [row for row in self.history() if "eval/reward_missing" in row]
+        if evaluated and not any(f"eval/{best}" in row for row in evaluated):
+            names = (name.removeprefix("eval/") for name in evaluated[-1] if name.startswith("eval/"))
+            raise UserError(f"evaluation.best = {best!r}: the metrics are {', '.join(names)}; name one")
 
-        Args:
-            best: the metric that says which is the best; ``lower``: whether low values are better.
-        """
+    def drop_old_checkpoints(self, *, best: str = "reward", lower: bool = False, keep: int | None = None) -> None:
+        """Keeps the last checkpoints, that of the iteration ``keep``, and the one with the best value of the metric
+        ``best``, which is the lowest if ``lower``."""
         name, sign = f"eval/{best}", -1 if lower else 1
         evaluated = (row for row in self.history() if name in row)
         found = max(evaluated, key=lambda row: sign * row[name], default={}).get("iteration")

@@ -118,6 +118,7 @@ class Run:
         with ExitStack() as held:
             processes.by_first(lambda: held.enter_context(self.files.alone()))
             self.open(resume=resume, start_from=start_from)
+            processes.by_first(lambda: self.files.require_metric(self.config.evaluation.best))
             evaluator = self.evaluator()
             self.best_is_low = evaluator.directions.get(self.config.evaluation.best) == "down"
             self.alarms = processes.by_first(lambda: Alarms.load(self.folder, self.config, evaluator.directions))
@@ -141,8 +142,7 @@ class Run:
             if self.config.evaluation.on_alarm == "back":
                 self.save()  # there may be nothing else to go back to
         self._report(result)
-        if (best := self.config.evaluation.best) not in result.metrics:
-            raise UserError(f"evaluation.best = {best!r}: the metrics are {', '.join(result.metrics)}; name one")
+        processes.by_first(lambda: self.files.require_metric(self.config.evaluation.best))
         return result
 
     def _back_at_alarm(self) -> int:
