@@ -1,6 +1,7 @@
 """What this project depends on: the licence of every package, and known vulnerabilities of the pinned versions.
 
-Run: ``make audit`` (writes docs/licences.md; fails on known vulnerabilities, on unknown licences and on those like the GPL).
+Run: ``make audit``. It writes docs/licences.md, and fails on known vulnerabilities, unknown licences and those like the
+GPL.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tdm_r1.algorithms.dgpo import DGPO
 from tdm_r1.algorithms.flow_grpo import FlowGRPO
 from tdm_r1.algorithms.nft import DiffusionNFT
-from tdm_r1.algorithms.protocol import Algorithm, Batch, finished
+from tdm_r1.algorithms.protocol import Algorithm, Batch, Step
 from tdm_r1.algorithms.rollout import roll_out
 from tdm_r1.algorithms.tdm import TDM
 from tdm_r1.algorithms.tdm_direct_rl import TDMDirectRL
@@ -118,6 +118,21 @@ class Experiment:
             self.roles, role, batch.conditioning, batch.x_1, self.config.sampler, batch.noise, micro_batch=n
         )
         return rollout.trajectory.final.flatten(1)
+
+
+def finished(step: Step, score: Callable[[Tensor], Tensor]) -> dict[str, float]:
+    """Runs an iteration to its end; its metrics.
+
+    Args:
+        score: of final latents [B, C, H, W]: float64 [B].
+    """
+    try:
+        latents = next(step)
+        while True:
+            latents = step.send(score(latents))
+    except StopIteration as end:
+        metrics: dict[str, float] = end.value
+        return metrics
 
 
 def reward(latents: Tensor) -> Tensor:

@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mixture_world import TEACHER, conditioning, experiment, reward
+from mixture_world import TEACHER, conditioning, experiment, finished, reward
 from tdm_r1.algorithms.dgpo import DGPO
 from tdm_r1.algorithms.flow_grpo import FlowGRPO
 from tdm_r1.algorithms.nft import DiffusionNFT
-from tdm_r1.algorithms.protocol import Algorithm, Batch, finished
+from tdm_r1.algorithms.protocol import Algorithm, Batch
 from tdm_r1.algorithms.tdm import TDM
 from tdm_r1.algorithms.tdm_direct_rl import TDMDirectRL
 from tdm_r1.algorithms.tdm_r1 import TDMR1

@@ -19,12 +19,13 @@ from mixture_world import (
     batch_of,
     conditioning,
     experiment,
+    finished,
     gradients,
     reward,
     with_sgd,
 )
 from tdm_r1.algorithms.metrics import Stopwatch, Sums, mean_of_each
-from tdm_r1.algorithms.protocol import Batch, finished
+from tdm_r1.algorithms.protocol import Batch
 from tdm_r1.algorithms.rollout import Rollout
 from tdm_r1.algorithms.settings import BalanceConfig
 from tdm_r1.algorithms.tdm import TDM

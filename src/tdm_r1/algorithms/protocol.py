@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -104,18 +104,3 @@ class Algorithm(ABC):
     @abstractmethod
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Goes on from `state`."""
-
-
-def finished(step: Step, score: Callable[[Tensor], Tensor]) -> dict[str, float]:
-    """Runs an iteration to its end; its metrics.
-
-    Args:
-        score: of final latents [B, C, H, W]: float64 [B].
-    """
-    try:
-        latents = next(step)
-        while True:
-            latents = step.send(score(latents))
-    except StopIteration as end:
-        metrics: dict[str, float] = end.value
-        return metrics

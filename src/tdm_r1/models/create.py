@@ -37,8 +37,10 @@ def create_roles(
         shard: spread the backbones' transformers and the roles' own ones over the processes, on devices of this kind.
             Adapters stay whole.
 
-    Raises ValueError where the role of full weights is added to another that is spread, which needs whole weights.
+    Raises ValueError with ``shard`` if the change of a role of full weights is added to another.
     """
+    if shard:
+        _require_whole_where_added(specs)
     backbones: dict[str, Any] = {"student": student, "teacher": teacher or student}
     own = {spec.name: _own_transformer(backbones[spec.host], shard) for spec in specs if spec.weights == "full"}
     first: dict[int, str] = {}
@@ -54,7 +56,6 @@ def create_roles(
     for spec in specs:
         _add_copy(spec, specs, backbones, config)
     if shard:
-        _require_no_change_of_whole_weights(specs)
         for transformer in {id(b.transformer): b.transformer for b in backbones.values()}.values():
             spread(transformer, shard)
     hosts = {id(b.transformer): Host(b.transformer) for b in backbones.values()}
@@ -81,14 +82,13 @@ def _own_transformer(host: Backbone, shard: torch.device | None) -> nn.Module:
     return transformer
 
 
-def _require_no_change_of_whole_weights(specs: Sequence[RoleSpec]) -> None:
+def _require_whole_where_added(specs: Sequence[RoleSpec]) -> None:
     full = {spec.name for spec in specs if spec.weights == "full"}
     for spec in specs:
         if spec.added is not None and spec.added.role in full:
             raise ValueError(
-                f"model.shard = True: the change of {spec.added.role}, which has full weights, cannot be added to "
-                f"{spec.name} where those are spread over processes; set surrogate.added_delta to 0, or "
-                "surrogate.weights to lora"
+                f"model.shard = True: the full weights of role {spec.added.role} are spread, and their change cannot be "
+                f"added to role {spec.name}; give {spec.added.role} an adapter, or add nothing"
             )
 
 
