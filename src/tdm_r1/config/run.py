@@ -41,7 +41,8 @@ class EvalConfig(Settings):
 
     best: str = Field(
         "reward",
-        description="The metric of evaluations (strict, mini/frechet, ...) whose best checkpoint is kept.",
+        description="The metric of evaluations (strict, mini/frechet, ...) whose best checkpoint is kept; default: "
+        "ours.",
     )
     alarm_at: float = Field(
         3.0,

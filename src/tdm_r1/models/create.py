@@ -87,8 +87,8 @@ def _require_whole_where_added(specs: Sequence[RoleSpec]) -> None:
     for spec in specs:
         if spec.added is not None and spec.added.role in full:
             raise ValueError(
-                f"model.shard = True: the full weights of role {spec.added.role} are spread, and their change cannot be "
-                f"added to role {spec.name}; give {spec.added.role} an adapter, or add nothing"
+                f"model.shard = True: the full weights of role {spec.added.role} are spread, so their change cannot "
+                f"be added to role {spec.name}; give {spec.added.role} an adapter, or add nothing"
             )
 
 
