@@ -116,6 +116,45 @@ def test_extremes_are_the_surrogates_and_the_first_the_generators():
     torch.testing.assert_close(sizes["fake"][0].trajectory.final.flatten(1), expected, atol=0.5, rtol=0)
 
 
+def test_the_surrogate_may_learn_from_fewer_samples_than_the_generator():
+    """Its extremes; its accuracy is measured on whole groups all the same."""
+    found = experiment(TDMR1, TEACHER, batch=SMALL, surrogate={"trained": 2})
+    learned, measured, moved = [], [], []
+    surrogate, tdm = found.algorithm.surrogate, found.algorithm.tdm
+    fit, measure, generator = surrogate.fit, surrogate.measure, tdm.fit_generator
+    surrogate.fit = lambda r, a, rows, n: learned.append((rows, a)) or fit(r, a, rows, n)
+    surrogate.measure = lambda r, a, n, part: measured.append(a) or measure(r, a, n, part)
+    tdm.fit_generator = lambda r, n, part, m: moved.append(len(r)) or generator(r, n, part, m)
+    found.run(1)
+    rows, advantage = learned[0]
+    assert len(rows) == 8
+    whole = measured[0].reshape(4, 6)
+    assert bool((whole != 0).all())
+    groups = advantage.reshape(4, 6) != 0
+    assert torch.equal(groups, (whole == whole.amax(1, keepdim=True)) | (whole == whole.amin(1, keepdim=True)))
+    assert moved == [24]
+
+
+@pytest.mark.parametrize("loss", ["anchored", "preference"])
+def test_the_static_reference_is_asked_once(loss: str):
+    """What the KL part has of the teacher is what the surrogate would ask it for: the same update."""
+    moved = []
+    for known in (True, False):
+        found = with_sgd(experiment(TDMR1, TEACHER, batch=SMALL, surrogate={"loss": loss}))
+        with torch.no_grad():
+            for p in found.roles.parameters(Role.SURROGATE_EMA):
+                p.add_(0.3)
+        tdm, part = found.algorithm.tdm, found.algorithm.reward_part
+
+        def asked(x_t, t, c, v_teacher, known=known, part=part):
+            return part(x_t, t, c, v_teacher if known else None)
+
+        tdm.fit_generator(tdm.roll_out(batch_of(24)), torch.Generator().manual_seed(0), asked)
+        moved.append(found.roles.state(Role.GENERATOR))
+    for name, p in moved[0].items():
+        torch.testing.assert_close(p, moved[1][name])
+
+
 @pytest.mark.parametrize("micro_batch", [30, 7])
 def test_kl_alone_moves_the_samples_without_reward(micro_batch: int):
     """The reward's part is asked of the first rows alone, and no others are moved by it."""
@@ -124,14 +163,14 @@ def test_kl_alone_moves_the_samples_without_reward(micro_batch: int):
         found = with_sgd(experiment(TDMR1, TEACHER, batch=SMALL | {"micro_batch": micro_batch}))
         tdm, asked = found.algorithm.tdm, []
 
-        def part(x_t: Tensor, t: Tensor, c: Conditioning, asked=asked) -> Tensor:
+        def part(x_t: Tensor, t: Tensor, c: Conditioning, v_teacher: Tensor, asked=asked) -> Tensor:
             asked.append(len(x_t))
             return torch.full_like(x_t, 3.0)
 
         whole = Rollout.join([tdm.roll_out(batch_of(24)), tdm.roll_out(batch_of(6, seed=1))])
         seen = 0
 
-        def masked(x_t: Tensor, t: Tensor, c: Conditioning) -> Tensor:
+        def masked(x_t: Tensor, t: Tensor, c: Conditioning, v_teacher: Tensor) -> Tensor:
             nonlocal seen
             rows = torch.arange(seen, seen + len(x_t))
             seen += len(x_t)
@@ -349,6 +388,7 @@ def test_the_surrogates_weights_are_its_own_setting_unless_every_role_is_full():
         {"surrogate": {"loss": "preference"}, "batch": SMALL | {"trained": 4}},
         {"surrogate": {"loss": "preference", "measured_groups": 9}, "batch": SMALL | {"micro_batch": 5}},
         {"surrogate": {"loss": "preference"}, "batch": SMALL | {"micro_batch": 6}},
+        {"surrogate": {"trained": 4, "reference": "fake"}},
         {"tdm": {"fake_scores": "two", "fake_steps": 3}, "sampler": {"steps": 2}},
     ],
 )

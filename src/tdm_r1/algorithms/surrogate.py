@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import flow, losses, processes
-from ..models.protocol import Conditioning, in_parts
+from ..models.protocol import Conditioning, Velocity, in_parts
 from ..models.roles import Roles
 from ..models.specification import Role
 from .metrics import Sums
@@ -30,6 +30,7 @@ class Surrogate:
     def __init__(self, roles: Roles, tdm: TDM, settings: AlgorithmSettings) -> None:
         self.roles, self.tdm, self.config = roles, tdm, settings.surrogate
         self.group_size, self.micro_batch = settings.batch.group, settings.batch.micro_batch
+        self.trained = self.config.trained or settings.batch.trained_of_group
         total = settings.iterations * self.config.draws
         self.optimizer = Optimizer(roles.parameters(Role.SURROGATE), self.config.optimizer, total=total)
         self.probe = Probe()
@@ -158,11 +159,16 @@ class Surrogate:
         return self.tdm.fake_velocity(x_t, t, c, index) if fake else v_ref
 
     @torch.no_grad()  # the reward's gradient is a stop-gradient in Eq. 11
-    def direction(self, x_t: Tensor, t: Tensor, c: Conditioning) -> Tensor:
-        """Eq. 10: the direction in which log p_phi(x_t)/p_ref(x_t) falls, at the noise levels of phi's training."""
+    def direction(self, x_t: Tensor, t: Tensor, c: Conditioning, v_teacher: Tensor | None = None) -> Tensor:
+        """Eq. 10: the direction in which log p_phi(x_t)/p_ref(x_t) falls, at the noise levels of phi's training.
+
+        Args:
+            v_teacher: the teacher's velocity where it is known: the static reference is the teacher.
+        """
         with self.roles.use(Role.SURROGATE_EMA) as velocity:
             x0_phi = flow.x0_from_v(velocity(x_t, t, c), x_t, t)
-        x0_ref = flow.x0_from_v(self.reference_velocity(x_t, t, c), x_t, t)
+        known = v_teacher if self.config.reference == "static" else None
+        x0_ref = flow.x0_from_v(self.reference_velocity(x_t, t, c) if known is None else known, x_t, t)
         low, high = self.config.time_range
         return flow.expand((t >= low) & (t <= high), x_t) * losses.reward_direction(x0_phi, x0_ref)
 
@@ -245,7 +251,7 @@ class Probe:
         self._points: tuple[Tensor, Tensor, Conditioning] | None = None
         self._last: Tensor | None = None
 
-    def cosines(self, points: Callable[[], tuple[Tensor, Tensor, Conditioning]], direction_of: RewardPart) -> Tensor:
+    def cosines(self, points: Callable[[], tuple[Tensor, Tensor, Conditioning]], direction_of: Velocity) -> Tensor:
         """Cosine of each sample between the direction now and at the last call, [B]; NaN at the first.
 
         Args:

@@ -10,16 +10,16 @@ with DMD's normaliser; no Huber loss; by default x_0 has a fake score of its own
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..core import flow, losses, processes, solvers
 from ..core.randomness import Normal
-from ..models.protocol import Conditioning, guided
+from ..models.protocol import Conditioning, guided_and_not
 from ..models.roles import Roles
 from ..models.specification import EVALUATED, AddedDelta, Average, Role, RoleSpec
 from .metrics import Stopwatch, Sums, mean_of_each
@@ -29,8 +29,16 @@ from .protocol import Algorithm, Batch, Evaluations, Step
 from .rollout import Points, Rollout, draw_points, draw_times, roll_out
 from .settings import AlgorithmSettings, TDMConfig, check_tdm_alone
 
-RewardPart = Callable[[Tensor, Tensor, Conditioning], Tensor]
-"""``(x_t, t, conditioning) -> [B, C, H, W]``: the reward's part of the generator's direction."""
+
+class RewardPart(Protocol):
+    """The reward's part of the generator's direction."""
+
+    def __call__(self, x_t: Tensor, t: Tensor, c: Conditioning, v_teacher: Tensor | None = None, /) -> Tensor:
+        """At x_t [B, C, H, W], t [B]; the same shape as x_t.
+
+        Args:
+            v_teacher: the teacher's velocity there without guidance, where it is known.
+        """
 
 
 class TDM(Algorithm):
@@ -119,11 +127,11 @@ class TDM(Algorithm):
                 x0 = flow.x0_from_v(velocity(here.at(i), here.time(i), c), here.at(i), here.time(i))
                 with torch.no_grad():  # the direction of Eq. 2 and 11 is a stop-gradient
                     x_t = flow.renoise(self._next(here, i, x0, eps_step), eps, here.time(i + 1), t[rows])
-                    kl, x0_teacher = self.matching_direction(x_t, t[rows], c, i)
+                    kl, x0_teacher, v_teacher = self.matching_direction(x_t, t[rows], c, i)
                     reward = torch.zeros_like(kl)
                     own = (rows < rewarded).nonzero()[:, 0]
                     if reward_part and (len(own) or processes.count() > 1):
-                        reward[own] = reward_part(x_t[own], t[rows][own], c.rows(own))
+                        reward[own] = reward_part(x_t[own], t[rows][own], c.rows(own), v_teacher[own])
                     norm = losses.magnitude(x0, x0_teacher, floor=self.config.normalizer_floor)
                     direction = (kl + reward) / flow.expand(norm, kl)
                 (losses.follow(x0, direction).sum() / n).backward()
@@ -146,13 +154,16 @@ class TDM(Algorithm):
         times = here.time(last), here.time(i), here.time(i + 1)
         return solvers.solver_step(self.sampler.solver, x0, here.clean_at(last), here.at(i), *times, eps)
 
-    def matching_direction(self, x_t: Tensor, t: Tensor, c: Conditioning, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Eq. 2's direction at (x_t, t), the teacher with its guidance; and the teacher's clean prediction."""
+    def matching_direction(
+        self, x_t: Tensor, t: Tensor, c: Conditioning, index: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Eq. 2's direction at (x_t, t), the teacher with its guidance; the teacher's clean prediction; and its
+        velocity without guidance, which is computed on the way."""
         with self.roles.use(Role.TEACHER) as velocity:
-            teacher = guided(velocity, self.empty, self.config.teacher_guidance)
-            x0_teacher = flow.x0_from_v(teacher(x_t, t, c), x_t, t)
+            v_guided, v_teacher = guided_and_not(velocity, self.empty, self.config.teacher_guidance)(x_t, t, c)
+        x0_teacher = flow.x0_from_v(v_guided, x_t, t)
         x0_fake = flow.x0_from_v(self.fake_velocity(x_t, t, c, index), x_t, t)
-        return losses.distribution_matching(x0_fake, x0_teacher), x0_teacher
+        return losses.distribution_matching(x0_fake, x0_teacher), x0_teacher, v_teacher
 
     def fake_velocity(self, x_t: Tensor, t: Tensor, c: Conditioning, index: Tensor) -> Tensor:
         """The fake score's velocity: for each sample that of the role trained on its point of the trajectory."""

@@ -57,7 +57,8 @@ class TDMR1(Algorithm):
         rewards = yield rollout.trajectory.final
 
         # 2. Advantages inside each group. The trajectory is deterministic: r_i is exact for every x_{t_k}^i.
-        groups = group_advantages(rewards.reshape(-1, batch.group), keep=self.trained)
+        of_groups = rewards.reshape(-1, batch.group)
+        every, groups = group_advantages(of_groups), group_advantages(of_groups, keep=self.surrogate.trained)
         rows = groups.used.flatten().nonzero()[:, 0]
         advantage = groups.advantage.flatten().to(batch.x_1)
         metrics = groups.metrics(rewards)
@@ -65,7 +66,7 @@ class TDMR1(Algorithm):
         # 3. The surrogate learns the preference at drawn (k, t, noise), t >= t_k (Eq. 8, 9, 18), and
         # 4. the reference follows it. Phi is measured on fresh groups before it learns from them.
         with seconds("surrogate"):
-            metrics |= self.surrogate.measure(rollout, advantage, noise, self.reward_part)
+            metrics |= self.surrogate.measure(rollout, every.advantage.flatten().to(advantage), noise, self.reward_part)
             draws = range(self.surrogate.config.draws)
             metrics |= mean_of_each([self.surrogate.fit(rollout, advantage, rows, noise) for _ in draws])
 
@@ -88,9 +89,9 @@ class TDMR1(Algorithm):
         scales = {"generator/reward_scale": self.balance.scale, "generator/reward_strength": self.balance.strength}
         return metrics | scales | seconds.read()
 
-    def reward_part(self, x_t: Tensor, t: Tensor, c: Conditioning) -> Tensor:
+    def reward_part(self, x_t: Tensor, t: Tensor, c: Conditioning, v_teacher: Tensor | None = None) -> Tensor:
         """Eq. 10: lambda times the surrogate's direction."""
-        return self.balance.scale * self.surrogate.direction(x_t, t, c)
+        return self.balance.scale * self.surrogate.direction(x_t, t, c, v_teacher)
 
     def state(self) -> dict[str, Any]:
         return {
@@ -138,11 +139,13 @@ class TDMR1(Algorithm):
         trained = b.prompts * b.trained_of_group
         anchored = c.loss == "anchored"
         baseline = int(anchored and c.baseline == "fake")
-        split = not anchored and b.trained_of_group > b.micro_batch  # a group then takes two passes
+        split = not anchored and (c.trained or b.trained_of_group) > b.micro_batch  # a group then takes two passes
         frozen = 1 + baseline + 2 * split
+        learned = c.draws * b.prompts * (c.trained or b.trained_of_group)
         measured = min(c.measured_groups, b.prompts) * b.group
-        return tdm.evaluations(settings, trained, reward=2, beside=b.kl_prompts) | {
-            "surrogate": Evaluations(c.draws * frozen * trained, c.draws * trained, Role.SURROGATE),
+        reward = 1 if c.reference == "static" else 2  # the static reference is the teacher, which the KL part has
+        return tdm.evaluations(settings, trained, reward=reward, beside=b.kl_prompts) | {
+            "surrogate": Evaluations(frozen * learned, learned, Role.SURROGATE),
             "diagnostics": Evaluations((1 + baseline + 1 + 2) * measured),
         }
 

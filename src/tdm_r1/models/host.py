@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..core import flow, shards
+from .lora_layer import with_own_layers
 
 Acting = tuple[tuple[str, float], ...]
 """Adapters that act at once, each with its strength."""
@@ -22,7 +23,7 @@ def add_adapter(transformer: Any, config: LoraConfig, name: str) -> None:
     """Adds an adapter, in float32, to a diffusers model, whatever the precision of its weights."""
     with warnings.catch_warnings():  # peft warns of a second adapter; several are intended
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-        transformer.add_adapter(config, adapter_name=name)
+        transformer.add_adapter(with_own_layers(config), adapter_name=name)
     for p in adapter_weights(transformer, name).values():
         p.data = flow.widen(p.data)
 
@@ -52,6 +53,7 @@ class Host:
         self._trained: dict[str, list[nn.Parameter]] = {}
         self._frozen: list[nn.Parameter] = []
         self._acting: Acting | None = None
+        self._learns: str | None = None
         self._in_use: object = None
 
     def register(self, adapter: str, *, trained: bool) -> None:
@@ -65,20 +67,24 @@ class Host:
             p.requires_grad_(trained)
 
     @contextmanager
-    def acting_as(self, acting: Acting, base: Sequence[Tensor]) -> Iterator[object]:
-        """Lets adapters act on ``base`` weights; restores what acted before. Yields a token for `is_acting_as`."""
+    def acting_as(self, acting: Acting, base: Sequence[Tensor], learns: str | None = None) -> Iterator[object]:
+        """Lets adapters act on ``base`` weights; restores what acted before. Yields a token for `is_acting_as`.
+
+        Args:
+            learns: an adapter that ``base`` has in it already, to get gradients all the same.
+        """
         here = [] if self.sharded else [layer.base_layer.weight.data for layer in self.layers]
-        before = self._acting, here, self._in_use
+        before = self._acting, here, self._learns, self._in_use
         token = object()
         self.activate(acting)
-        self._set_base(base)
+        self._set_base(base, learns)
         self._in_use = token
         try:
             yield token
         finally:
-            self._in_use = before[2]
-            self._set_base(before[1])
-            self.activate(before[0] or ())
+            acted, weights, learned, self._in_use = before
+            self._set_base(weights, learned)
+            self.activate(acted or ())
 
     def is_acting_as(self, token: object) -> bool:
         """Whether the innermost `acting_as` is the one that yielded ``token``."""
@@ -104,9 +110,11 @@ class Host:
         for p in self._frozen:
             p.requires_grad_(False)
 
-    def _set_base(self, base: Sequence[Tensor]) -> None:
+    def _set_base(self, base: Sequence[Tensor], learns: str | None) -> None:
+        self._learns = learns
         for layer, weight in zip([] if self.sharded else self.layers, base, strict=True):
             layer.base_layer.weight.data = weight
+            layer.learns = learns
 
     def deltas(self, adapter: str) -> list[Tensor]:
         """What an adapter at its full strength adds to the weights of each adapted layer."""

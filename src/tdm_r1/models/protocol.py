@@ -131,12 +131,20 @@ def guided(velocity: Velocity, empty: Conditioning, scale: float) -> Velocity:
 
     ``empty`` is the conditioning of the one unconditional prompt (arXiv 2207.12598; 1 + w there is ``scale``).
     """
-    if scale == 1:
-        return velocity
+    both = guided_and_not(velocity, empty, scale)
+    return velocity if scale == 1 else lambda x_t, t, conditioning: both(x_t, t, conditioning)[0]
 
-    def combined(x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        both = Conditioning.join([empty.expand(len(x_t)), conditioning])
-        v_u, v_c = velocity(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
-        return v_u + scale * (v_c - v_u)
 
-    return combined
+def guided_and_not(
+    velocity: Velocity, empty: Conditioning, scale: float
+) -> Callable[[Tensor, Tensor, Conditioning], tuple[Tensor, Tensor]]:
+    """What `guided` gives, and v_c, which it computes on the way."""
+
+    def both(x_t: Tensor, t: Tensor, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
+        if scale == 1:
+            return (v_c := velocity(x_t, t, conditioning)), v_c
+        halves = Conditioning.join([empty.expand(len(x_t)), conditioning])
+        v_u, v_c = velocity(torch.cat([x_t, x_t]), torch.cat([t, t]), halves).chunk(2)
+        return v_u + scale * (v_c - v_u), v_c
+
+    return both

@@ -27,8 +27,8 @@ class Roles:
     Args:
         members: the roles by name.
         velocity_of: the backbone's velocity field of a transformer.
-        merge: without gradients, run an adapter as a merged copy of the weights that it adapts. Faster where the model
-            is small; costs that copy for each role, and rounds in the backbone's precision.
+        merge: run an adapter as a merged copy of the weights that it adapts (`lora_layer`). Faster where the model is
+            small; costs that copy for each role, and rounds in the backbone's precision.
     """
 
     def __init__(
@@ -67,12 +67,13 @@ class Roles:
         something is added to the role, or with gradient checkpointing, the layers compute another role afterwards.
         """
         role = self._members[name]
-        merge = self.merge and role.adapter is not None and not torch.is_grad_enabled()
+        merge = self.merge and role.adapter is not None
         if not merge:
             self._refresh_copy(role)
         acting, base = ((), self._merged(role)) if merge else (self._acting(role), self._base(role))
+        learns = role.adapter if merge and role.spec.trained and torch.is_grad_enabled() else None
         field = self._velocity_of(role.host.transformer)
-        with role.host.acting_as(acting, base) as token, self._adapters_in_tf32():
+        with role.host.acting_as(acting, base, learns) as token, self._adapters_in_tf32():
 
             def velocity(x_t: Tensor, t: Tensor, c: Conditioning) -> Tensor:
                 if not role.host.is_acting_as(token):
