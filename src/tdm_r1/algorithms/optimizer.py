@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,7 +35,8 @@ class Optimizer:
         self.skipped = 0  # updates in a row whose gradient was not finite
         if config.eight_bit and any(map(shards.is_spread, parameters)):
             raise UserError("an optimizer's eight_bit = True with model.shard = True: set eight_bit to false")
-        kind: Callable[..., torch.optim.Optimizer] = _eight_bit_adamw() if config.eight_bit else torch.optim.AdamW
+        fused = partial(torch.optim.AdamW, fused=not shards.is_spread(parameters[0]))  # one kernel for all weights
+        kind: Callable[..., torch.optim.Optimizer] = _eight_bit_adamw() if config.eight_bit else fused
         self.adamw = kind(parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay)
         self.schedule = LambdaLR(self.adamw, self._share)
 
