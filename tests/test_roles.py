@@ -13,7 +13,6 @@ from tdm_r1.algorithms.optimizer_settings import OptimizerConfig
 from tdm_r1.models.create import create_roles
 from tdm_r1.models.export import exported
 from tdm_r1.models.lora_files import load_lora
-from tdm_r1.models.lora_layer import MergedLinear
 from tdm_r1.models.pipeline import PipelineBackbone, load_backbone
 from tdm_r1.models.protocol import Conditioning
 from tdm_r1.models.roles import Roles
@@ -279,24 +278,6 @@ def test_merged_roles_learn_as_adapters_do(added, random_model: Path):
     for name, gradient in found[0].items():
         torch.testing.assert_close(found[1][name], gradient, atol=1e-6, rtol=1e-4)
     assert any(bool(gradient.any()) for gradient in found[0].values())
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_a_merged_layer_is_the_adapter_beside_it(bias: bool):
-    torch.manual_seed(0)
-    x, a, b = (torch.randn(*n, dtype=torch.float64, requires_grad=True) for n in ((2, 3, 5), (2, 5), (4, 2)))
-    base, offset = torch.randn(4, 5, dtype=torch.float64), torch.randn(4, dtype=torch.float64) if bias else None
-
-    def layer(x, a, b):
-        return MergedLinear.apply(x, (base + 0.5 * b @ a).detach(), offset, a, b, 0.5)
-
-    beside = torch.nn.functional.linear(x, base, offset) + 0.5 * (x @ a.T) @ b.T
-    torch.testing.assert_close(layer(x, a, b), beside)
-    weights = torch.randn_like(beside)
-    got = torch.autograd.grad((layer(x, a, b) * weights).sum(), (x, a, b))
-    want = torch.autograd.grad((beside * weights).sum(), (x, a, b))
-    for one, other in zip(got, want, strict=True):
-        torch.testing.assert_close(one, other)
 
 
 def test_merged_roles_follow_kernels_that_pytorch_does_not_count(monkeypatch, random_model: Path):

@@ -25,6 +25,7 @@ def create_roles(
     *,
     teacher: Backbone | None = None,
     merge: bool = False,
+    precise: bool = False,
     shard: torch.device | None = None,
 ) -> Roles:
     """The roles of ``specs`` and the teacher, each starting as its backbone's own function.
@@ -34,6 +35,7 @@ def create_roles(
         config: the adapters' configuration; they are all alike.
         teacher: a second backbone, for a student whose base weights differ.
         merge: see `Roles`.
+        precise: adapters compute in float32, else in their backbone's precision.
         shard: spread the backbones' transformers and the roles' own ones over the processes, on devices of this kind.
             Adapters stay whole.
 
@@ -58,7 +60,7 @@ def create_roles(
     if shard:
         for transformer in {id(b.transformer): b.transformer for b in backbones.values()}.values():
             spread(transformer, shard)
-    hosts = {id(b.transformer): Host(b.transformer) for b in backbones.values()}
+    hosts = {id(b.transformer): Host(b.transformer, precise=precise) for b in backbones.values()}
 
     def host_of(name: str) -> Host:
         return hosts[id(backbones[name].transformer)]

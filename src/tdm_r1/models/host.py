@@ -41,14 +41,20 @@ def spread(transformer: Any, device: torch.device) -> None:
 
 
 class Host:
-    """Switches the adapters of one transformer. Build it when all adapters have been added, and it has been spread."""
+    """Switches the adapters of one transformer. Build it when all adapters have been added, and it has been spread.
 
-    def __init__(self, transformer: nn.Module) -> None:
+    Args:
+        precise: adapters compute in float32 whatever the transformer's precision.
+    """
+
+    def __init__(self, transformer: nn.Module, *, precise: bool = False) -> None:
         self.transformer = transformer
         self.sharded = any(shards.is_spread(p) for p in transformer.parameters())  # the base must not be set then
         adapted = {n: m for n, m in transformer.named_modules() if isinstance(m, BaseTunerLayer)}
         self.names = list(adapted)
         self.layers: list[Any] = list(adapted.values())
+        for layer in self.layers:
+            layer.precise = precise
         self.base = [] if self.sharded else [layer.base_layer.weight.data for layer in self.layers]
         self._trained: dict[str, list[nn.Parameter]] = {}
         self._frozen: list[nn.Parameter] = []
@@ -118,13 +124,16 @@ class Host:
 
     def deltas(self, adapter: str) -> list[Tensor]:
         """What an adapter at its full strength adds to the weights of each adapted layer."""
-        found = []
+        return [layer.at_full_strength(adapter) * (b @ a) for layer, a, b in self._factors(adapter)]
+
+    def merged(self, adapter: str, base: Sequence[Tensor]) -> list[Tensor]:
+        """``base`` with what an adapter at its full strength adds to it."""
+        factors = zip(base, self._factors(adapter), strict=True)
+        return [torch.addmm(w, b, a, alpha=layer.at_full_strength(adapter)) for w, (layer, a, b) in factors]
+
+    def _factors(self, adapter: str) -> Iterator[tuple[Any, Tensor, Tensor]]:
         for layer in self.layers:
-            acting = layer.scaling[adapter]
-            layer.set_scale(adapter, 1.0)
-            found.append(layer.get_delta_weight(adapter))
-            layer.scaling[adapter] = acting
-        return found
+            yield layer, layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
 
     @property
     def mixed_precision(self) -> bool:

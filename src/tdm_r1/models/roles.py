@@ -6,7 +6,7 @@ backbone holds those of a teacher with other base weights; a role with full weig
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,7 +28,7 @@ class Roles:
         members: the roles by name.
         velocity_of: the backbone's velocity field of a transformer.
         merge: run an adapter as a merged copy of the weights that it adapts (`lora_layer`). Faster where the model is
-            small; costs that copy for each role, and rounds in the backbone's precision.
+            small; costs that copy for each role, one more of what is added, and rounds in the backbone's precision.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Roles:
         self.merge = merge
         self._copies = {key: adapter_weights(host.transformer, key[1]) for key, host in self._elsewhere().items()}
         self._copied: dict[tuple[int, str], list[int]] = {}  # versions of what each copy was made from
-        self._combined: dict[tuple[str, bool], tuple[list[float], list[Tensor]]] = {}  # see `_combine_once`
+        self._combined: dict[Hashable, tuple[list[float], list[Tensor]]] = {}  # see `_combine_once`
         self._strength: dict[str, float] = {}  # see `weaken`
         hosts = {id(role.host): role.host for role in self._members.values()}.values()
         self.tf32 = any(host.mixed_precision for host in hosts)
@@ -140,33 +140,29 @@ class Roles:
                 p.copy_(source.parameters[name])
             self._copied[key] = source.versions
 
-    def _base(self, role: RoleWeights) -> list[Tensor]:
-        """The weights that the role's adapter acts on: the backbone's, with the change of a role of full weights."""
-        other, weight = self._added(role), self.added_weight(role.spec.name)
-        if other is None or other.adapter is not None:
+    def _base(self, role: RoleWeights, *, merge: bool = False) -> list[Tensor]:
+        """The weights that the role's adapter acts on: the backbone's, with what is added of a role of full weights, or
+        of any if they are to be merged."""
+        added, other = role.spec.added, self._added(role)
+        if added is None or other is None or (other.adapter is not None and not merge):
             return role.host.base
+        weight = self.added_weight(role.spec.name)
 
         def combine() -> list[Tensor]:
             return [(w + weight * d).to(w.dtype) for w, d in zip(role.host.base, other.deltas(), strict=True)]
 
-        return self._combine_once(role, False, combine)
+        return self._combine_once((id(role.host), added), [*other.versions, weight], combine)
 
     def _merged(self, role: RoleWeights) -> list[Tensor]:
         """The weights of the adapted layers with the role's adapter, and what is added, in them."""
+        base, other = self._base(role, merge=True), self._added(role)
+        versions = [*role.versions, *(other.versions if other else ()), self.added_weight(role.spec.name)]
+        return self._combine_once(role.spec.name, versions, lambda: role.host.merged(str(role.adapter), base))
 
-        def combine() -> list[Tensor]:
-            parts = [self._base(role), role.deltas()]
-            other, weight = self._added(role), self.added_weight(role.spec.name)
-            if other is not None and other.adapter is not None:
-                parts.append([weight * d for d in other.deltas()])
-            return [sum(rest, start=w).to(w.dtype) for w, *rest in zip(*parts, strict=True)]
-
-        return self._combine_once(role, True, combine)
-
-    def _combine_once(self, role: RoleWeights, merged: bool, combine: Callable[[], list[Tensor]]) -> list[Tensor]:
+    def _combine_once(
+        self, key: Hashable, versions: list[float], combine: Callable[[], list[Tensor]]
+    ) -> list[Tensor]:
         """Copies of weights, made again when those have changed that they are made of."""
-        key, other = (role.spec.name, merged), self._added(role)
-        versions: list[float] = [*role.versions, *(other.versions if other else ()), self.added_weight(role.spec.name)]
         if key not in self._combined or self._combined[key][0] != versions:
             with torch.no_grad():  # a copy for inference, or what is added: a constant
                 self._combined[key] = (versions, combine())

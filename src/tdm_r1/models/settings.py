@@ -17,6 +17,11 @@ class LoraSettings(Settings):
 
     rank: int = Field(32, ge=1, description="default: paper.", json_schema_extra=SHAPES_CHECKPOINT)
     alpha: int = Field(64, ge=1, description="default: the authors' Z-Image LoRA.", json_schema_extra=SHAPES_CHECKPOINT)
+    precision: Literal["model", "float32"] = Field(
+        "model",
+        description="In which adapters compute: the model's (the authors' code), or float32, which on a bfloat16 model "
+        "is slower and needs more memory. Their weights and updates are float32 in any case.",
+    )
     targets: tuple[str, ...] = Field(
         LORA_TARGETS,
         description="Modules by the end of their names; default: ours, the attention's projections.",

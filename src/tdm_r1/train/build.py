@@ -62,6 +62,7 @@ def build_roles(config: RunConfig, student: PipelineBackbone, teacher: PipelineB
         adapter_settings(config.model),
         teacher=teacher,
         merge=config.model.merge,
+        precise=config.model.lora.precision == "float32",
         shard=device if config.model.shard else None,
     )
 

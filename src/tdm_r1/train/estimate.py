@@ -146,7 +146,8 @@ def _held(config: RunConfig, parts: _Parts, specs: tuple[RoleSpec, ...], gpus: i
     trained = {spec.name: numbers[spec.name] for spec in specs if spec.trained}
     whole = {spec.name for spec in specs if spec.weights == "full"}
     adapters = [spec for spec in specs if spec.weights == "lora"]
-    combined = sum(m.merge + (spec.added is not None and spec.added.role in whole) for spec in adapters)
+    added = {(spec.host, spec.added) for spec in adapters if spec.added and (m.merge or spec.added.role in whole)}
+    combined = m.merge * len(adapters) + len(added)
     hosts = {spec.name: spec.host for spec in specs}
     beside = {(spec.host, spec.added.role) for spec in adapters if spec.added} if m.teacher else set()
     beside = {(host, role) for host, role in beside if hosts[role] != host and role not in whole}
@@ -210,7 +211,8 @@ class _Parts:
         if added:
             specs.append(RoleSpec(Role.SURROGATE_EMA))
         with torch.device("meta"):
-            self.roles = create_roles(specs, backbone, adapter_settings(model))
+            precise = model.lora.precision == "float32"
+            self.roles = create_roles(specs, backbone, adapter_settings(model), precise=precise)
         self.adapter_numbers = sum(p.numel() for p in self.roles.parameters(Role.GENERATOR))
         self.adapted_bytes = sum(_bytes(delta) for delta in self.roles.base_weights(Role.GENERATOR))
         self.inputs = self._inputs(samples)
