@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from gpu_iteration import TINY
 from phases import Phases
@@ -21,7 +22,15 @@ from tdm_r1.config.run import RunConfig
 from tdm_r1.models.architectures import architecture_of, architectures, random_pipeline, text_encoder_parameters
 from tdm_r1.models.specification import Role
 from tdm_r1.train.build import algorithm_of, build_roles
-from tdm_r1.train.estimate import Meter, describe, estimate, random_backbone, random_conditioning
+from tdm_r1.train.estimate import (
+    Meter,
+    describe,
+    estimate,
+    random_backbone,
+    random_conditioning,
+    with_checkpointing_decided,
+)
+from tdm_r1.train.memory import fitted
 from tdm_r1.train.run import Run
 
 pytestmark = pytest.mark.slow
@@ -86,6 +95,8 @@ def test_recipes_state_what_they_need(row: dict):
     text = recipe_text(row["recipe"])
     assert f"Expected of 1 x 80 GB: {row['peak_gib']} GiB and {row['seconds_1_gpu']} s an iteration" in text
     assert f"of 8 that share the samples {row['seconds_8_gpus']} s" in text
+    least = "" if row["recomputed"] else f"\n# With gradient checkpointing {row['least_gib']} GiB are enough."
+    assert least in text
     if row["recipe"] == "sd35m_tdm":
         found = estimate(load_recipe("sd35m_tdm"))
         assert found is not None
@@ -125,6 +136,34 @@ def test_working_memory_is_that_of_a_real_pass(name: str, checkpointing: bool):
     with Meter() as meter, roles.use(Role.FAKE) as velocity:
         velocity(torch.randn(6, *backbone.latent_shape), torch.rand(6), c).square().sum().backward()
     assert meter.peak == pytest.approx(expected.working["fake score"], rel=0.05)
+
+
+def test_activations_are_kept_where_they_fit():
+    config = load_recipe("sd35m_geneval").override({"model.resolution": 64, "batch.micro_batch": 6})
+    sizes = TINY["sd35_medium"]
+    needed = {on: estimate(config.override({"model.gradient_checkpointing": on}), **sizes) for on in (False, True)}
+    kept, recomputed = needed[False], needed[True]
+    assert kept is not None
+    assert recomputed is not None
+    assert kept.peak > recomputed.peak
+    for room, on in ((1.2 * kept.peak, False), (1.1 * kept.peak, True), (0.0, True)):
+        decided = with_checkpointing_decided(config, room, gpus=1, **sizes)
+        assert decided.model.gradient_checkpointing is on
+        assert decided.override({"model.gradient_checkpointing": "auto"}) == config
+    assert estimate(config, **sizes) == kept  # on a GPU of 80 GB
+    unknown = config.override({"model.path": "someone/some-model"})
+    assert with_checkpointing_decided(unknown, 1e15, gpus=1).model.gradient_checkpointing is True
+
+
+def test_a_run_decides_by_what_is_free(monkeypatch: pytest.MonkeyPatch):
+    config = load_recipe("sd35m_geneval").override({"model.device": "cpu"})
+    assert fitted(config, Console(quiet=True)).model.gradient_checkpointing is False
+    monkeypatch.setattr("tdm_r1.train.memory.resolve_device", lambda name: "cuda")
+    for gib, on in ((79, False), (40, True)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, gib=gib: (gib * 2**30, 80 * 2**30))
+        assert fitted(config, Console(quiet=True)).model.gradient_checkpointing is on
+    asked = config.override({"model.gradient_checkpointing": True})
+    assert fitted(asked, Console(quiet=True)) == asked
 
 
 def test_the_estimate_follows_what_a_run_holds():

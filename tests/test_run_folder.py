@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 
 from reward_examples import brightness, here
 from tdm_r1 import cli
-from tdm_r1.config.load import differences, load_recipe, run_of
+from tdm_r1.config.load import differences, distillation, load_recipe, run_of
 from tdm_r1.config.run import LOG, RunConfig, dump
 from tdm_r1.errors import UserError
 from tdm_r1.evaluate.comparison import Comparison
@@ -29,7 +29,7 @@ from tdm_r1.train import checkpoint
 from tdm_r1.train.checkpoint import DamagedError, load_state
 from tdm_r1.train.folder import RunFolder, iteration_of
 from tdm_r1.train.run import Run
-from tdm_r1.train.start import distillation, train, with_student
+from tdm_r1.train.start import train, with_student
 
 pytestmark = pytest.mark.slow
 

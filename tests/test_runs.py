@@ -21,7 +21,7 @@ from reward_examples import here
 from tdm_r1 import cli
 from tdm_r1.algorithms.protocol import Batch
 from tdm_r1.algorithms.rollout import draw_points, roll_out
-from tdm_r1.config.load import load_recipe
+from tdm_r1.config.load import distillation, load_recipe
 from tdm_r1.config.run import RunConfig, dump
 from tdm_r1.errors import UserError
 from tdm_r1.evaluate.evaluation import Evaluator, generate
@@ -35,7 +35,7 @@ from tdm_r1.models.protocol import Conditioning
 from tdm_r1.models.specification import Role
 from tdm_r1.train.folder import RunFolder
 from tdm_r1.train.run import Run
-from tdm_r1.train.start import distillation, train, with_student
+from tdm_r1.train.start import train, with_student
 
 pytestmark = pytest.mark.slow
 

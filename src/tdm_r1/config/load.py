@@ -32,6 +32,21 @@ def load_recipe(name: str) -> RunConfig:
     return config.override(_own_distillation(config)) if config.distill_with else config
 
 
+def distillation(config: RunConfig) -> RunConfig:
+    """The settings of the distillation that ``config.distill_with`` names, with the run's model, sampler, micro-batch.
+
+    Raises UserError if that recipe does not distil.
+    """
+    settings = {"output": config.folder, "name": "distill", "seed": config.seed}
+    none = dict.fromkeys(("teacher", "student_lora_scale", "fake_lora", "surrogate_lora"))
+    settings |= {"model": config.model.model_dump() | none}
+    settings |= {"sampler": config.sampler.model_dump(), "batch.micro_batch": config.batch.micro_batch}
+    recipe = load_recipe(str(config.distill_with)).override(settings)
+    if recipe.algorithm != "tdm":
+        raise UserError(f"distill_with = {config.distill_with!r}: its algorithm is {recipe.algorithm}; name one of tdm")
+    return recipe
+
+
 def _own_distillation(config: RunConfig) -> dict[str, str]:
     """The LoRAs that a run distilled for its start, where its folder lies now."""
     found = {}

@@ -63,7 +63,7 @@ def load_backbones(config: ModelConfig) -> tuple[PipelineBackbone, PipelineBackb
         decode_batch=m.decode_batch,
         tiling=m.vae_tiling,
         offload=m.offload,
-        gradient_checkpointing=m.gradient_checkpointing,
+        gradient_checkpointing=m.gradient_checkpointing is True,
         t5=m.t5,
         apart=m.shard and processes.count() > 1,
     )

@@ -159,9 +159,7 @@ class Roles:
         versions = [*role.versions, *(other.versions if other else ()), self.added_weight(role.spec.name)]
         return self._combine_once(role.spec.name, versions, lambda: role.host.merged(str(role.adapter), base))
 
-    def _combine_once(
-        self, key: Hashable, versions: list[float], combine: Callable[[], list[Tensor]]
-    ) -> list[Tensor]:
+    def _combine_once(self, key: Hashable, versions: list[float], combine: Callable[[], list[Tensor]]) -> list[Tensor]:
         """Copies of weights, made again when those have changed that they are made of."""
         if key not in self._combined or self._combined[key][0] != versions:
             with torch.no_grad():  # a copy for inference, or what is added: a constant

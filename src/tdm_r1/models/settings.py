@@ -89,8 +89,10 @@ class ModelConfig(Settings):
         description="Run roles that need no gradient as merged copies: faster for small models, costs memory; in "
         "float32 alone.",
     )
-    gradient_checkpointing: bool = Field(
-        False, description="Recompute activations in the backward pass instead of keeping them: slower, less memory."
+    gradient_checkpointing: Literal["auto"] | bool = Field(
+        "auto",
+        description="Recompute activations in the backward pass instead of keeping them: slower, less memory. auto: "
+        "where a GPU's memory is too small to keep them, by the estimate of --dry-run.",
     )
     offload: bool = Field(
         False, description="Keep text encoders and autoencoder in main memory while they are not used."

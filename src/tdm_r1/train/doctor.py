@@ -27,11 +27,10 @@ from ..rewards.overview import state_of
 from ..rewards.registry import BUILT_IN
 from ..rewards.scorer import Scorer
 from ..tasks.load import load_kl_task, load_task
-from .estimate import estimate
+from .estimate import ALLOCATOR, estimate
 from .run import Run
 
 GIB = 2**30
-ALLOCATOR = 1.15  # what an allocator takes of what tensors take
 CHECKPOINTS = 4  # that a run keeps at most
 
 
@@ -90,7 +89,7 @@ def check_device(config: RunConfig) -> list[Finding]:
     text = f"{torch.cuda.get_device_name(device)}, {free / GIB:.0f} of {total / GIB:.0f} GiB free; {wanted}"
     if needed is None or needed < free:
         return [Finding("device", True, text)]
-    fix = "lower batch.micro_batch, or set model.gradient_checkpointing, model.offload or t5: false"
+    fix = "lower batch.micro_batch, or set model.gradient_checkpointing or model.offload to true, or t5 to false"
     return [Finding("device", False, f"{text}: {fix}")]
 
 

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from ..config.load import distillation
 from ..config.run import RunConfig
 from ..models.architectures import architecture_of, architectures, random_pipeline, text_encoder_parameters
 from ..models.create import create_roles
@@ -32,13 +33,14 @@ from ..models.roles import Roles
 from ..models.settings import ModelConfig
 from ..models.specification import AddedDelta, Role, RoleSpec
 from .build import algorithm_of
-from .start import distillation
 
 CLIP_TOKENS = 77  # SD3's pipeline pads to them; T5's are model.max_sequence_length
 PROMPT_TOKENS = 64  # of a prompt, where the model does not pad to a fixed length
 GPU_FLOPS = 989e12  # an H100's or H200's dense bfloat16 peak, by its data sheet
 ADAM_BYTES = {False: 8, True: 2}  # two averages a trained parameter, in float32 or in 8 bits
 FLOAT_BYTES = 4
+GPU_MEMORY = 79.6 * 2**30  # an H100's of 80 GB, as it reports it: what is planned for where no GPU is asked
+ALLOCATOR = 1.15  # what an allocator takes of what tensors take
 SPREAD_OVER = 8  # GPUs that the estimate is made for where a run spreads its transformers, if nobody says how many
 
 
@@ -46,13 +48,14 @@ SPREAD_OVER = 8  # GPUs that the estimate is made for where a run spreads its tr
 class Estimate:
     """``held``: bytes that stay; ``working``: bytes at the worst moment of each part, one part at a time; ``flops``:
     of each part of an iteration. By name. ``utilisation``: the share of the GPU's peak that they reach. ``gpus``: over
-    which transformers are spread; the memory is that of each."""
+    which transformers are spread; the memory is that of each. ``recomputed``: with gradient checkpointing."""
 
     held: dict[str, float]
     working: dict[str, float]
     flops: dict[str, float]
     utilisation: float
     gpus: int = 1
+    recomputed: bool = False
 
     @property
     def peak(self) -> float:
@@ -71,6 +74,8 @@ def estimate(config: RunConfig, *, gpus: int = SPREAD_OVER, **sizes: Any) -> Est
         gpus: of a run that spreads its transformers (`model.shard`).
         sizes: of the transformer, in place of its own; for tests.
     """
+    if config.model.gradient_checkpointing == "auto":
+        config = with_checkpointing_decided(config, GPU_MEMORY, gpus=gpus, **sizes)
     name = architecture_of(config.model.path)
     counts = algorithm_of(config).evaluations(config)
     if name is None or not counts:
@@ -96,7 +101,17 @@ def estimate(config: RunConfig, *, gpus: int = SPREAD_OVER, **sizes: Any) -> Est
     encoders = text_encoder_parameters(name, t5=config.model.t5) * getattr(torch, config.model.dtype).itemsize
     (working if config.model.offload else held)["text encoders"] = encoders
     share = architectures()[name]["utilisation_added" if added else "utilisation"]
-    return Estimate(held, working, flops, share, gpus)
+    return Estimate(held, working, flops, share, gpus, recomputed=bool(config.model.gradient_checkpointing))
+
+
+def with_checkpointing_decided(config: RunConfig, room: float, *, gpus: int, **sizes: Any) -> RunConfig:
+    """The settings with gradient checkpointing off if a GPU of ``room`` bytes can keep the activations, else on; on,
+    too, where the model's sizes are not known."""
+    kept = config.override({"model.gradient_checkpointing": False})
+    found = estimate(kept, gpus=gpus, **sizes)
+    if found is not None and ALLOCATOR * found.peak <= room:
+        return kept
+    return config.override({"model.gradient_checkpointing": True})
 
 
 def needs(config: RunConfig) -> str:
@@ -124,7 +139,8 @@ def describe(found: Estimate) -> str:
     petaflops = sum(found.flops.values()) / 1e15
     shares = ", ".join(f"{part} {100 * f / 1e15 / petaflops:.0f} %" for part, f in found.flops.items())
     lines += [
-        f"one iteration: {petaflops:.1f} PFLOP ({shares});",
+        f"one iteration, {'with' if found.recomputed else 'without'} gradient checkpointing: {petaflops:.1f} PFLOP "
+        f"({shares});",
         f"  at {100 * found.utilisation:.0f} % of an H100's peak {found.seconds():.0f} s on 1 GPU, "
         f"{found.seconds(8):.0f} s on 8 (without their exchanges);",
         "  rewards, text encoders and evaluations not counted",

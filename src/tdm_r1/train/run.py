@@ -30,6 +30,7 @@ from .folder import RunFolder, listed
 from .iteration import Begun, Iterations
 from .launch import require_alike, require_share
 from .loop import interrupts, peak_memory, progress
+from .memory import fitted
 from .report import Reporter
 from .scoring import LatentScorer
 
@@ -56,7 +57,7 @@ class Run:
         kl_task = load_kl_task(config.task) if config.batch.kl_prompts else None
         self.task, self.scorer = task_and_scorer(config, reward)
         self.reporter = Reporter(config, self.files, self.console)
-        self.backbone, teacher = load_backbones(config.model)
+        self.backbone, teacher = load_backbones(fitted(config, self.console).model)
         self.roles = build_roles(config, self.backbone, teacher)
         load_starts(config, self.roles)
         self.embed = Embedder(self.backbone)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from ..config.load import load_recipe, require_same_run
+from ..config.load import distillation, require_same_run
 from ..config.run import RunConfig
 from ..core import processes
 from ..errors import UserError
@@ -43,21 +43,6 @@ def _require_startable(files: RunFolder, config: RunConfig, *, resume: bool) -> 
     files.require_startable(resume=resume)
     if resume and (before := files.settings()) is not None:
         require_same_run(before, config)
-
-
-def distillation(config: RunConfig) -> RunConfig:
-    """The settings of the distillation that ``config.distill_with`` names, with the run's model, sampler, micro-batch.
-
-    Raises UserError if that recipe does not distil.
-    """
-    settings = {"output": config.folder, "name": "distill", "seed": config.seed}
-    none = dict.fromkeys(("teacher", "student_lora_scale", "fake_lora", "surrogate_lora"))
-    settings |= {"model": config.model.model_dump() | none}
-    settings |= {"sampler": config.sampler.model_dump(), "batch.micro_batch": config.batch.micro_batch}
-    recipe = load_recipe(str(config.distill_with)).override(settings)
-    if recipe.algorithm != "tdm":
-        raise UserError(f"distill_with = {config.distill_with!r}: its algorithm is {recipe.algorithm}; name one of tdm")
-    return recipe
 
 
 def with_student(config: RunConfig, console: Console | None = None) -> RunConfig:
