@@ -84,6 +84,7 @@ def test_extremes_of_a_group():
         [False, True, True, True, False, True],
     ]
     torch.testing.assert_close(out.advantage.sum(1), torch.zeros(2), atol=1e-6, rtol=0)
+    torch.testing.assert_close(out.advantage.square().sum(1), torch.full((2,), 4.0))  # of deviation 1 among themselves
     assert not out.advantage[~out.used].any()
     order = out.advantage[0, [0, 2, 3, 1]]
     assert bool((order.diff() > 0).all())

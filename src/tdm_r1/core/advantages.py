@@ -45,14 +45,16 @@ def group_advantages(
 
     Args:
         rewards: [P, G], NaN where a score is missing.
-        keep: use this many samples of each group alone, half from its top and half from its bottom, centred again:
-            large groups are cheap to score, and their extremes carry most of the signal. None uses all.
+        keep: use this many samples of each group alone, half from its top and half from its bottom, as if they were
+            the group: large groups are cheap to score, and their extremes carry most of the signal. None uses all.
         min_valid: groups with fewer valid scores are skipped, as are groups without a difference (`groups.spread`).
         deviation: divide by the group's standard deviation, or by that of all valid scores of the batch (the authors'
             release, Flow-GRPO): then a group's weight grows with its spread.
         clip: bound of |A_i|; None for none.
     """
     scores = rewards.detach().double().cpu().numpy()
+    if keep is not None and keep < scores.shape[1]:
+        scores = _extremes(scores, keep)
     found, has_signal = standardized(scores, min_valid=min_valid)
     if deviation == "batch" and has_signal.any():
         found = found * (spread(scores)[0][:, None] / np.nanstd(scores))
@@ -61,15 +63,12 @@ def group_advantages(
     advantage = torch.from_numpy(found).to(rewards.device, torch.promote_types(torch.float32, rewards.dtype))
     informative = torch.from_numpy(has_signal).to(rewards.device)
     used = ~advantage.isnan() & informative[:, None]
-    if keep is not None and keep < rewards.shape[1]:
-        used = used & _extremes(torch.where(used, advantage, torch.nan), keep)
-        n = used.sum(1, keepdim=True).clamp_min(1)
-        advantage = advantage - torch.where(used, advantage, 0.0).sum(1, keepdim=True) / n
     return GroupAdvantages(torch.where(used, advantage, 0.0), used, int((~informative).sum()))
 
 
-def _extremes(advantage: Tensor, keep: int) -> Tensor:
-    """Which samples [P, G] are among the ``keep`` outermost of their group; NaN ones never are."""
-    n = (~advantage.isnan()).sum(1, keepdim=True)
-    rank = advantage.argsort(dim=1, stable=True).argsort(dim=1)  # NaN sorts last
-    return (rank < n) & ((rank < keep // 2) | (rank >= n - (keep - keep // 2)))
+def _extremes(scores: np.ndarray, keep: int) -> np.ndarray:
+    """The scores [P, G] with NaN in place of all but the ``keep`` outermost of each group."""
+    n = (~np.isnan(scores)).sum(1, keepdims=True)
+    rank = scores.argsort(axis=1, kind="stable").argsort(axis=1)  # NaN sorts last
+    outer = (rank < keep // 2) | (rank >= n - (keep - keep // 2))
+    return np.where(outer & (rank < n), scores, np.nan)
