@@ -118,7 +118,7 @@ def test_extremes_are_the_surrogates_and_the_first_the_generators():
 
 def test_the_surrogate_may_learn_from_fewer_samples_than_the_generator():
     """Its extremes; its accuracy is measured on whole groups all the same."""
-    found = experiment(TDMR1, TEACHER, batch=SMALL, surrogate={"trained": 2})
+    found = experiment(TDMR1, TEACHER, batch=SMALL, surrogate={"trained_share": 0.3})
     learned, measured, moved = [], [], []
     surrogate, tdm = found.algorithm.surrogate, found.algorithm.tdm
     fit, measure, generator = surrogate.fit, surrogate.measure, tdm.fit_generator
@@ -388,7 +388,7 @@ def test_the_surrogates_weights_are_its_own_setting_unless_every_role_is_full():
         {"surrogate": {"loss": "preference"}, "batch": SMALL | {"trained": 4}},
         {"surrogate": {"loss": "preference", "measured_groups": 9}, "batch": SMALL | {"micro_batch": 5}},
         {"surrogate": {"loss": "preference"}, "batch": SMALL | {"micro_batch": 6}},
-        {"surrogate": {"trained": 4, "reference": "fake"}},
+        {"surrogate": {"trained_share": 1.0, "reference": "fake"}},
         {"tdm": {"fake_scores": "two", "fake_steps": 3}, "sampler": {"steps": 2}},
     ],
 )

@@ -118,11 +118,12 @@ class SurrogateConfig(Settings):
     )
     beta: float = Field(100.0, gt=0, description="default: paper; tied to losses that are means over dimensions.")
     kappa: float = Field(1.0, gt=0, description="Scale of the anchored target; default: ours.")
-    trained: int | None = Field(
-        None,
-        ge=1,
-        description="Samples per group that the surrogate learns from, those with the highest and lowest scores; "
-        "default: batch.trained.",
+    trained_share: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="Share of a group that the surrogate learns from: the samples with the highest and lowest scores, "
+        "at least two; 1 for all (paper); default: ours, docs/results/speed.md.",
     )
     measured_groups: int = Field(
         2, ge=0, description="Fresh groups per iteration on which phi is measured first; default: ours."
@@ -359,11 +360,6 @@ def check_tdm_r1(settings: AlgorithmSettings) -> None:
     check_groups(settings)
     if b.trained == 1:
         raise ValueError("batch.trained = 1: one sample of a group has nothing to be compared with; use 2 or more")
-    if s.trained is not None and not 2 <= s.trained <= b.group:
-        raise ValueError(
-            f"surrogate.trained = {s.trained} with batch.group = {b.group}: the surrogate compares samples of a group; "
-            f"use 2 to {b.group}, or null"
-        )
     if s.draws == 0 and not c.model.surrogate_lora:
         raise ValueError(
             "surrogate.draws = 0 without model.surrogate_lora: a surrogate that is never trained has no reward signal; "

@@ -30,7 +30,7 @@ class Surrogate:
     def __init__(self, roles: Roles, tdm: TDM, settings: AlgorithmSettings) -> None:
         self.roles, self.tdm, self.config = roles, tdm, settings.surrogate
         self.group_size, self.micro_batch = settings.batch.group, settings.batch.micro_batch
-        self.trained = self.config.trained or settings.batch.trained_of_group
+        self.trained = trained_of_group(settings)
         total = settings.iterations * self.config.draws
         self.optimizer = Optimizer(roles.parameters(Role.SURROGATE), self.config.optimizer, total=total)
         self.probe = Probe()
@@ -214,6 +214,11 @@ class Surrogate:
         with self.roles.use(Role.SURROGATE_EMA) as velocity:
             v_phi = v_base + velocity(x_t, t, c) - v_ref
         return losses.denoising(v_base, x_t, eps, s, t) - losses.denoising(v_phi, x_t, eps, s, t)
+
+
+def trained_of_group(settings: AlgorithmSettings) -> int:
+    """Samples of a group that phi learns from."""
+    return max(round(settings.surrogate.trained_share * settings.batch.trained_of_group), 2)
 
 
 def whole_groups(rows: Tensor, group: Tensor, size: int) -> list[Tensor] | None:

@@ -28,7 +28,7 @@ from .optimizer_settings import OptimizerConfig
 from .protocol import Algorithm, Batch, Evaluations, Step
 from .rollout import Rollout
 from .settings import AlgorithmSettings, BalanceConfig, check_tdm_r1
-from .surrogate import Surrogate
+from .surrogate import Surrogate, trained_of_group
 from .tdm import TDM
 
 LIMIT_RATE = 0.1  # the strength's step in log scale, for `balance.limit`: at most 10 % an iteration; ours
@@ -139,9 +139,9 @@ class TDMR1(Algorithm):
         trained = b.prompts * b.trained_of_group
         anchored = c.loss == "anchored"
         baseline = int(anchored and c.baseline == "fake")
-        split = not anchored and (c.trained or b.trained_of_group) > b.micro_batch  # a group then takes two passes
+        split = not anchored and trained_of_group(settings) > b.micro_batch  # a group then takes two passes
         frozen = 1 + baseline + 2 * split
-        learned = c.draws * b.prompts * (c.trained or b.trained_of_group)
+        learned = c.draws * b.prompts * trained_of_group(settings)
         measured = min(c.measured_groups, b.prompts) * b.group
         reward = 1 if c.reference == "static" else 2  # the static reference is the teacher, which the KL part has
         return tdm.evaluations(settings, trained, reward=reward, beside=b.kl_prompts) | {

@@ -122,6 +122,13 @@ ROWS = (
         {"scoring.staleness": 1},
         group="ablations",
     ),
+    Row(
+        "extremes",
+        "surrogate on half of each group, its extremes: the recipe since",
+        "mini",
+        {"surrogate.trained_share": 0.5},
+        group="ablations",
+    ),
     # one choice at a time, from the authors' release
     *(
         Row(f"release: {name}", what, "mini_release", {f"release.{key}": value}, group="release", budget=0.5)
