@@ -75,7 +75,8 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=int, default=None, help="instead of the recipe's")
     parser.add_argument("--iterations", type=int, default=2, help="measured, after one that warms up")
     parser.add_argument("--resolution", type=int, default=512)
-    parser.add_argument("--keep-activations", action="store_true", help="no gradient checkpointing")
+    parser.add_argument("--checkpointing", choices=("on", "off", "auto"), default="auto", help="of gradients")
+    parser.add_argument("--precision", choices=("model", "float32"), default="model", help="in which adapters compute")
     parser.add_argument("--tiny", action="store_true", help="small networks, for a machine without a GPU")
     parser.add_argument("--out", type=Path, default=Path("docs/results/gpu_iteration.json"))
     args = parser.parse_args()
@@ -91,7 +92,10 @@ def main() -> None:
                     "batch.group": args.group,
                     "batch.micro_batch": args.micro_batch or recipe.batch.micro_batch,
                     "model.resolution": args.resolution,
-                    "model.gradient_checkpointing": not args.keep_activations,
+                    "model.gradient_checkpointing": args.checkpointing == "on"
+                    if args.checkpointing != "auto"
+                    else "auto",
+                    "model.lora.precision": args.precision,
                     "distill_with": None,
                     "model.student_lora": None,
                     "release.time_block": block if block and args.group % block == 0 else None,
@@ -144,7 +148,8 @@ def measure(recipe: str, config: RunConfig, folder: Path, iterations: int, *, ti
         "samples": config.batch.prompts * config.batch.group,
         "micro_batch": config.batch.micro_batch,
         "resolution": config.model.resolution,
-        "gradient_checkpointing": config.model.gradient_checkpointing,
+        "gradient_checkpointing": expected.recomputed,
+        "precision": config.model.lora.precision,
         "loading": round(loading, 1),
         "seconds": round(seconds, 3),
         "saving": round(saving, 2),
@@ -214,7 +219,8 @@ def markdown(result: dict) -> str:
             f"`{row['command']}`",
             "",
             f"{row['samples']} samples of {row['resolution']} px, micro-batches of {row['micro_batch']}, "
-            f"{checkpointing} gradient checkpointing ({row['model']}): {row['seconds']:.2f} s an iteration, "
+            f"{checkpointing} gradient checkpointing, adapters in {row['precision']} precision ({row['model']}): "
+            f"{row['seconds']:.2f} s an iteration, "
             f"{row['petaflops']:.3g} PFLOP, "
             f"{100 * row['hardware_utilisation']:.3g} % of an H100's peak ({100 * row['model_utilisation']:.3g} % "
             f"without what checkpointing computes again); {row['expected_peak']:.2f} GiB expected. Loading took "

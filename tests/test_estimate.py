@@ -139,7 +139,8 @@ def test_working_memory_is_that_of_a_real_pass(name: str, checkpointing: bool):
 
 
 def test_activations_are_kept_where_they_fit():
-    config = load_recipe("sd35m_geneval").override({"model.resolution": 64, "batch.micro_batch": 6})
+    many = {"batch.prompts": 1000, "batch.micro_batch": 24_000}  # so that the text encoders are not what needs most
+    config = load_recipe("sd35m_geneval").override({"model.resolution": 64, **many})
     sizes = TINY["sd35_medium"]
     needed = {on: estimate(config.override({"model.gradient_checkpointing": on}), **sizes) for on in (False, True)}
     kept, recomputed = needed[False], needed[True]
@@ -150,7 +151,8 @@ def test_activations_are_kept_where_they_fit():
         decided = with_checkpointing_decided(config, room, gpus=1, **sizes)
         assert decided.model.gradient_checkpointing is on
         assert decided.override({"model.gradient_checkpointing": "auto"}) == config
-    assert estimate(config, **sizes) == kept  # on a GPU of 80 GB
+    small = config.override({"batch.micro_batch": 6})
+    assert estimate(small, **sizes) == estimate(small.override({"model.gradient_checkpointing": False}), **sizes)
     unknown = config.override({"model.path": "someone/some-model"})
     assert with_checkpointing_decided(unknown, 1e15, gpus=1).model.gradient_checkpointing is True
 
