@@ -119,11 +119,11 @@ class SurrogateConfig(Settings):
     beta: float = Field(100.0, gt=0, description="default: paper; tied to losses that are means over dimensions.")
     kappa: float = Field(1.0, gt=0, description="Scale of the anchored target; default: ours.")
     trained_share: float = Field(
-        0.5,
+        1.0,
         gt=0,
         le=1,
         description="Share of a group that the surrogate learns from: the samples with the highest and lowest scores, "
-        "at least two; 1 for all (paper); default: ours, docs/results/speed.md.",
+        "at least two; default: all (paper). Half costs a third less time, and score in longer runs (docs/notes).",
     )
     measured_groups: int = Field(
         2, ge=0, description="Fresh groups per iteration on which phi is measured first; default: ours."

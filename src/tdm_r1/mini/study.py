@@ -58,7 +58,6 @@ WORLDS: dict[str, dict[str, Any]] = {  # settings of every run of a study, on to
         "evaluation.also": ["mini"],
     },
 }
-AS_STUDIED = {"surrogate.trained_share": 1.0}  # this project's recipe when the study was made
 OWN: dict[str, dict[str, Any]] = {  # and of those with this project's recipe: prompts without reward, as in mini_ocr
     "mini": {},
     "mini_signs": {"batch.kl_prompts": 64, "task.kl": "mini"},
@@ -91,7 +90,7 @@ class Study:
         world = dict(WORLDS[self.world])
         start = {} if "model.student_lora" in row.changes else {"model.student_lora": self.world}
         own = OWN[self.world] if row.recipe == "mini" and "algorithm" not in row.changes else {}
-        changes = world | start | own | AS_STUDIED | dict(row.changes)
+        changes = world | start | own | dict(row.changes)
         config = load_recipe(row.recipe or "mini").override(changes)
         iterations = max(round(self.scored * row.budget / (config.batch.prompts * config.batch.group)), 1)
         return config.override(

@@ -124,7 +124,7 @@ ROWS = (
     ),
     Row(
         "extremes",
-        "surrogate on half of each group, its extremes: the recipe since",
+        "surrogate on half of each group, its extremes",
         "mini",
         {"surrogate.trained_share": 0.5},
         group="ablations",
