@@ -250,9 +250,9 @@ def curve_lines(found: dict[str, Any], picture: Path) -> list[str]:
         "## Score against minutes and reward calls",
         "",
         "What was changed leaves every update as it was, up to rounding (tests/test_roles.py, test_lora_layer.py, "
-        "test_algorithms.py), so a scored image gives what it gave: the records are the study's row `tdm-r1`, three seeds "
-        "of each task. Minutes are iterations times the seconds above, without evaluations. Scores are means, with the "
-        "range over seeds.",
+        "test_algorithms.py), so a scored image gives what it gave: the records are the study's row `tdm-r1`, three "
+        "seeds of each task. Minutes are iterations times the seconds above, without evaluations. Scores are means, "
+        "with the range over seeds.",
         "",
         f"![score against minutes and reward calls]({picture.name})",
         "",
@@ -298,8 +298,8 @@ def hour_lines(before: str) -> list[str]:
         "## Hours of the recipes for real models",
         "",
         "By arithmetic ([recipe_needs.md](recipe_needs.md)), on one GPU of 80 GB, at the shares of its peak that were "
-        "measured before ([gpu_iteration_h100.md](gpu_iteration_h100.md)): the evaluation that is shared and activations "
-        "that are kept are counted, faster adapters are not.",
+        "measured before ([gpu_iteration_h100.md](gpu_iteration_h100.md)): the evaluation that is shared and the "
+        "activations that are kept are counted, faster adapters are not.",
         "",
         "| recipe | PFLOP an iteration, before | after | hours, before | after |",
         "|---|---|---|---|---|",
