@@ -136,6 +136,7 @@ def measure(recipe: str, config: RunConfig, folder: Path, iterations: int, *, ti
     run.export(run.folder)
     saving = time.perf_counter() - start
     sizes = TINY[name] if tiny else {}
+    config = config.override({"model.gradient_checkpointing": run.backbone.transformer.is_gradient_checkpointing})
     expected = estimate(config, **sizes)
     once = estimate(config.override({"model.gradient_checkpointing": False}), **sizes)
     assert expected is not None

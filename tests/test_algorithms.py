@@ -145,12 +145,15 @@ def test_the_static_reference_is_asked_once(loss: str):
             for p in found.roles.parameters(Role.SURROGATE_EMA):
                 p.add_(0.3)
         tdm, part = found.algorithm.tdm, found.algorithm.reward_part
+        asks, use = [], found.roles.use
+        found.roles.use = lambda role, asks=asks, use=use: asks.append(role) or use(role)
 
         def asked(x_t, t, c, v_teacher, known=known, part=part):
             return part(x_t, t, c, v_teacher if known else None)
 
         tdm.fit_generator(tdm.roll_out(batch_of(24)), torch.Generator().manual_seed(0), asked)
         moved.append(found.roles.state(Role.GENERATOR))
+        assert asks.count(Role.TEACHER) == (1 if known else 2)
     for name, p in moved[0].items():
         torch.testing.assert_close(p, moved[1][name])
 

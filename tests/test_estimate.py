@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -148,22 +149,31 @@ def test_activations_are_kept_where_they_fit():
     assert recomputed is not None
     assert kept.peak > recomputed.peak
     for room, on in ((1.2 * kept.peak, False), (1.1 * kept.peak, True), (0.0, True)):
-        decided = with_checkpointing_decided(config, room, gpus=1, **sizes)
+        decided = with_checkpointing_decided(config, room, **sizes)
         assert decided.model.gradient_checkpointing is on
         assert decided.override({"model.gradient_checkpointing": "auto"}) == config
     small = config.override({"batch.micro_batch": 6})
     assert estimate(small, **sizes) == estimate(small.override({"model.gradient_checkpointing": False}), **sizes)
     unknown = config.override({"model.path": "someone/some-model"})
-    assert with_checkpointing_decided(unknown, 1e15, gpus=1).model.gradient_checkpointing is True
+    assert with_checkpointing_decided(unknown, 1e15).model.gradient_checkpointing is True
 
 
 def test_a_run_decides_by_what_is_free(monkeypatch: pytest.MonkeyPatch):
     config = load_recipe("sd35m_geneval").override({"model.device": "cpu"})
     assert fitted(config, Console(quiet=True)).model.gradient_checkpointing is False
     monkeypatch.setattr("tdm_r1.train.memory.resolve_device", lambda name: "cuda")
-    for gib, on in ((79, False), (40, True)):
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, gib=gib: (gib * 2**30, 80 * 2**30))
-        assert fitted(config, Console(quiet=True)).model.gradient_checkpointing is on
+    said = Console(record=True, quiet=False, width=200, file=StringIO())
+    for gib, on in ((75, False), (40, True)):
+        monkeypatch.setattr("tdm_r1.train.memory.free_memory", lambda device, gib=gib: gib * 2**30)
+        assert fitted(config, said).model.gradient_checkpointing is on
+    for changes, on in (
+        ({"model.path": "mini"}, False),
+        ({"model.path": "no/where"}, True),
+        ({"model.shard": True}, True),
+    ):
+        assert fitted(config.override(changes), said).model.gradient_checkpointing is on
+    text = said.export_text()
+    assert text.count("the activations fit") == text.count("would not fit") == text.count("is not known") == 1
     asked = config.override({"model.gradient_checkpointing": True})
     assert fitted(asked, Console(quiet=True)) == asked
 

@@ -76,6 +76,22 @@ def test_an_optimizer_goes_on_with_its_own_settings():
     assert second.adamw.state[q]["exp_avg"].any()
 
 
+def test_an_older_state_becomes_that_of_the_fused_kernel():
+    """It wants its counts in float32 and where the weights are; older checkpoints and those of spread weights have them
+    elsewhere."""
+    p, first = optimizer(warmup_steps=1)
+    p.grad = torch.ones_like(p)
+    first.step()
+    state = first.state()
+    (group,) = state["adamw"]["param_groups"]
+    group["fused"] = None
+    state["adamw"]["state"][0]["step"] = torch.tensor(1.0, dtype=torch.float64)
+    q, second = optimizer(warmup_steps=1)
+    second.load_state(state)
+    assert second.adamw.param_groups[0]["fused"] is True
+    assert second.adamw.state[q]["step"].dtype == torch.float32
+
+
 def test_eight_bits_need_bitsandbytes(monkeypatch: pytest.MonkeyPatch):
     for module in ("bitsandbytes", "bitsandbytes.optim"):
         monkeypatch.setitem(sys.modules, module, None)  # as where it is not installed

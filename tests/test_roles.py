@@ -280,6 +280,14 @@ def test_merged_roles_learn_as_adapters_do(added, random_model: Path):
     assert any(bool(gradient.any()) for gradient in found[0].values())
 
 
+def test_adapters_on_other_layers_are_refused(random_model: Path):
+    config = LoraConfig(r=4, target_modules=["pos_embed.proj"])
+    with pytest.raises(
+        ValueError, match=r"^model\.lora\.targets: pos_embed\.proj is a Conv2d; name linear layers alone$"
+    ):
+        lora_roles(load(random_model), config, OWN)
+
+
 def test_merged_roles_follow_kernels_that_pytorch_does_not_count(monkeypatch, random_model: Path):
     """On a GPU neither an average nor an optimizer need raise the version of what it changes."""
 

@@ -35,7 +35,8 @@ class Optimizer:
         self.skipped = 0  # updates in a row whose gradient was not finite
         if config.eight_bit and any(map(shards.is_spread, parameters)):
             raise UserError("an optimizer's eight_bit = True with model.shard = True: set eight_bit to false")
-        fused = partial(torch.optim.AdamW, fused=not shards.is_spread(parameters[0]))  # one kernel for all weights
+        spread = shards.is_spread(parameters[0])
+        fused = partial(torch.optim.AdamW, fused=None if spread else True)  # one kernel for all weights
         kind: Callable[..., torch.optim.Optimizer] = _eight_bit_adamw() if config.eight_bit else fused
         self.adamw = kind(parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay)
         self.schedule = LambdaLR(self.adamw, self._share)
@@ -94,6 +95,8 @@ class Optimizer:
         """Goes on from `state` with the settings of ``config``: AdamW's own loading would bring the saved ones back."""
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.adamw.param_groups]
         adamw = dict(state["adamw"])
+        saved = zip(adamw["param_groups"], settings, strict=True)
+        adamw["param_groups"] = [group | own for group, own in saved]  # by these AdamW decides where its counts lie
         of_each = {i: self._shares(found, self.parameters[int(i)]) for i, found in adamw["state"].items()}
         self.adamw.load_state_dict(adamw | {"state": of_each})
         for group, own in zip(self.adamw.param_groups, settings, strict=True):

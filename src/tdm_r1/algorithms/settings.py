@@ -122,8 +122,9 @@ class SurrogateConfig(Settings):
         1.0,
         gt=0,
         le=1,
-        description="Share of a group that the surrogate learns from: the samples with the highest and lowest scores, "
-        "at least two; default: all (paper). Half costs a third less time, and score in longer runs (docs/notes).",
+        description="Share of a group's trained samples that the surrogate learns from: those with the highest and "
+        "lowest scores, at least two; default: all (paper). Half of them take a quarter less time, and lower the score "
+        "of longer runs (docs/notes).",
     )
     measured_groups: int = Field(
         2, ge=0, description="Fresh groups per iteration on which phi is measured first; default: ours."

@@ -128,7 +128,7 @@ class Surrogate:
         return processes.sum_of(sums)
 
     def _preference_terms(self, rollout: Rollout, advantage: Tensor, draw: Draw, part: Tensor) -> tuple[Tensor, Tensor]:
-        """(T - t_k) A_i (l_phi - l_ref) of the samples in ``part``, over the group size; and |v_phi - v_ref|^2."""
+        """Of the samples in ``part``: (T - t_k) A_i (l_phi - l_ref) over a group's trained ones, |v_phi - v_ref|^2."""
         here, c = draw.rows(part), rollout.conditioning.rows(part)
         x_t, eps, s, t = here.x_t, here.eps, here.s, here.t
         v_ref = self.reference_velocity(x_t, t, c)
@@ -137,7 +137,7 @@ class Surrogate:
         loss_phi, loss_ref = (losses.denoising(v, x_t, eps, s, t) for v in (v_phi, v_ref))
         if self.config.trust_region == "clip":
             loss_phi = loss_ref + losses.clipped(loss_phi - loss_ref, advantage[part], self.config.clip)
-        terms = losses.preference_terms(loss_phi, loss_ref, advantage[part], 1 - s) / self.group_size
+        terms = losses.preference_terms(loss_phi, loss_ref, advantage[part], 1 - s) / self.trained
         return terms, (v_phi - v_ref).square().flatten(1).mean(1)
 
     def draw(self, rollout: Rollout, noise: torch.Generator, group_size: int) -> Draw:

@@ -38,6 +38,7 @@ CURVE = 4  # evaluations of a run beside the one of its start
 BACKWARD = 2  # forward passes that a backward pass costs
 SHOWN = 8  # pictures of a strip
 
+NOT_IN_RESULTS = "model.gradient_checkpointing"
 SETTINGS_READ = {  # the groups of settings of each algorithm, of those that belong to algorithms
     "tdm": ("tdm",),
     "tdm_r1": ("tdm", "surrogate", "balance"),
@@ -165,6 +166,8 @@ def _train(run: Run, console: Console) -> None:
     """To the end, from the last checkpoint if there is one. Raises UserError on a run with other settings there."""
     before = run.files.settings() if run.checkpoints() else None
     for name, old, new in differences(before, run.config) if before else ():
+        if name == NOT_IN_RESULTS:
+            continue
         raise UserError(
             f"{run.folder} has a run with {name} = {old!r}, wanted is {new!r}: remove it, or give another --runs"
         )
@@ -262,8 +265,13 @@ def _same(path: Path, study: Study, row: Row, seed: int) -> bool:
 
 
 def _only_read(settings: dict[str, Any]) -> dict[str, Any]:
-    """A record's settings without those of algorithms other than its own, and of the row before it."""
-    config = settings["config"]
+    """A record's settings without those of algorithms other than its own, what changes no result, and those of the row
+    before it."""
+    config = dict(settings["config"])
+    group, name = NOT_IN_RESULTS.split(".")
+    if group in config:
+        config[group] = {key: value for key, value in config[group].items() if key != name}
+    settings = settings | {"config": config}
     if "algorithm" in config:
         unread = {group for groups in SETTINGS_READ.values() for group in groups}
         unread -= set(SETTINGS_READ[config["algorithm"]])

@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..core import flow, shards
-from .lora_layer import with_own_layers
+from .lora_layer import Linear, with_own_layers
 
 Acting = tuple[tuple[str, float], ...]
 """Adapters that act at once, each with its strength."""
@@ -24,6 +24,11 @@ def add_adapter(transformer: Any, config: LoraConfig, name: str) -> None:
     with warnings.catch_warnings():  # peft warns of a second adapter; several are intended
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         transformer.add_adapter(with_own_layers(config), adapter_name=name)
+    for where, layer in transformer.named_modules():
+        if isinstance(layer, BaseTunerLayer) and not isinstance(layer, Linear):
+            raise ValueError(
+                f"model.lora.targets: {where} is a {type(layer.get_base_layer()).__name__}; name linear layers alone"
+            )
     for p in adapter_weights(transformer, name).values():
         p.data = flow.widen(p.data)
 

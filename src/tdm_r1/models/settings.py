@@ -86,13 +86,14 @@ class ModelConfig(Settings):
     )
     merge: bool = Field(
         False,
-        description="Run roles that need no gradient as merged copies: faster for small models, costs memory; in "
-        "float32 alone.",
+        description="Run every adapter as a merged copy of the weights, also where it is trained: faster for small "
+        "models, costs memory; in float32 alone.",
     )
     gradient_checkpointing: Literal["auto"] | bool = Field(
         "auto",
         description="Recompute activations in the backward pass instead of keeping them: slower, less memory. auto: "
-        "where a GPU's memory is too small to keep them, by the estimate of --dry-run.",
+        "where they do not fit into a GPU's free memory by the estimate of --dry-run, with model.shard, and where no "
+        "estimate is known. Rewards that start later on the same GPU (scoring.workers) are not counted: true then.",
     )
     offload: bool = Field(
         False, description="Keep text encoders and autoencoder in main memory while they are not used."

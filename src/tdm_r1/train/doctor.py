@@ -27,7 +27,8 @@ from ..rewards.overview import state_of
 from ..rewards.registry import BUILT_IN
 from ..rewards.scorer import Scorer
 from ..tasks.load import load_kl_task, load_task
-from .estimate import ALLOCATOR, estimate
+from .estimate import ALLOCATOR, estimate, with_checkpointing_decided
+from .memory import free_memory
 from .run import Run
 
 GIB = 2**30
@@ -78,7 +79,10 @@ def examine(config: RunConfig, *, iteration: bool = True) -> Iterator[Finding]:
 
 def check_device(config: RunConfig) -> list[Finding]:
     """The device, and its memory against the estimate."""
-    device, found = resolve_device(config.model.device), estimate(config)
+    device = resolve_device(config.model.device)
+    if device.startswith("cuda") and config.model.gradient_checkpointing == "auto":
+        config = with_checkpointing_decided(config, free_memory(device))
+    found = estimate(config)
     needed = found.peak * ALLOCATOR if found else None
     wanted = f"about {needed / GIB:.1f} GiB are needed (arithmetic)" if needed else "what is needed is not known"
     if not device.startswith("cuda"):

@@ -39,7 +39,7 @@ PROMPT_TOKENS = 64  # of a prompt, where the model does not pad to a fixed lengt
 GPU_FLOPS = 989e12  # an H100's or H200's dense bfloat16 peak, by its data sheet
 ADAM_BYTES = {False: 8, True: 2}  # two averages a trained parameter, in float32 or in 8 bits
 FLOAT_BYTES = 4
-GPU_MEMORY = 79.6 * 2**30  # an H100's of 80 GB, as it reports it: what is planned for where no GPU is asked
+GPU_MEMORY = 75 * 2**30  # of an H100 of 80 GB, beside a reward's network: what is planned for where no GPU is asked
 ALLOCATOR = 1.15  # what an allocator takes of what tensors take
 SPREAD_OVER = 8  # GPUs that the estimate is made for where a run spreads its transformers, if nobody says how many
 
@@ -75,7 +75,7 @@ def estimate(config: RunConfig, *, gpus: int = SPREAD_OVER, **sizes: Any) -> Est
         sizes: of the transformer, in place of its own; for tests.
     """
     if config.model.gradient_checkpointing == "auto":
-        config = with_checkpointing_decided(config, GPU_MEMORY, gpus=gpus, **sizes)
+        config = with_checkpointing_decided(config, GPU_MEMORY, **sizes)
     name = architecture_of(config.model.path)
     counts = algorithm_of(config).evaluations(config)
     if name is None or not counts:
@@ -104,11 +104,11 @@ def estimate(config: RunConfig, *, gpus: int = SPREAD_OVER, **sizes: Any) -> Est
     return Estimate(held, working, flops, share, gpus, recomputed=bool(config.model.gradient_checkpointing))
 
 
-def with_checkpointing_decided(config: RunConfig, room: float, *, gpus: int, **sizes: Any) -> RunConfig:
-    """The settings with gradient checkpointing off if a GPU of ``room`` bytes can keep the activations, else on; on,
-    too, where the model's sizes are not known."""
+def with_checkpointing_decided(config: RunConfig, room: float, **sizes: Any) -> RunConfig:
+    """The settings with gradient checkpointing off if ``room`` bytes can keep the activations, else on; on, too, where
+    the model's sizes are not known or its weights are spread."""
     kept = config.override({"model.gradient_checkpointing": False})
-    found = estimate(kept, gpus=gpus, **sizes)
+    found = None if config.model.shard else estimate(kept, **sizes)
     if found is not None and ALLOCATOR * found.peak <= room:
         return kept
     return config.override({"model.gradient_checkpointing": True})
@@ -139,7 +139,8 @@ def describe(found: Estimate) -> str:
     petaflops = sum(found.flops.values()) / 1e15
     shares = ", ".join(f"{part} {100 * f / 1e15 / petaflops:.0f} %" for part, f in found.flops.items())
     lines += [
-        f"one iteration, {'with' if found.recomputed else 'without'} gradient checkpointing: {petaflops:.1f} PFLOP "
+        f"one iteration, {'with' if found.recomputed else 'without'} gradient checkpointing (auto: as on 80 GB): "
+        f"{petaflops:.1f} PFLOP "
         f"({shares});",
         f"  at {100 * found.utilisation:.0f} % of an H100's peak {found.seconds():.0f} s on 1 GPU, "
         f"{found.seconds(8):.0f} s on 8 (without their exchanges);",
