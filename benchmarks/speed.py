@@ -31,7 +31,7 @@ from tdm_r1.models.specification import Role
 from tdm_r1.train.run import Run
 
 ROOT = Path(__file__).parent.parent
-ROUNDS = 3
+ROUNDS = 2
 BATCHES = (32, 64, 128, 256)
 NETWORK = ("rollout", "diagnostics", "surrogate", "fake score", "generator")
 RECIPES = {"mini": "mini", "mini_signs": "mini_ocr"}  # of each world: the recipe whose iteration is timed
