@@ -239,7 +239,8 @@ def demo_lines(found: dict[str, Any]) -> list[str]:
         cells = [f"{demo['before'][k]:.3f}, {demo['after'][k]:.3f}" for k in ("strict", "frechet")]
         lines.append(f"| {when} | {demo['minutes']:.1f} | {' | '.join(cells)} |")
     ratio = found["after"]["minutes"] / found["before"]["minutes"]
-    return [*lines, "", f"Ratio {ratio:.2f}."]
+    why = "Part of it is that the demo has fewer iterations now ([note](../notes/2026-11-27-4-speed.md))."
+    return [*lines, "", f"Ratio {ratio:.3f}. {why}"]
 
 
 def curve_lines(found: dict[str, Any], picture: Path) -> list[str]:
