@@ -143,7 +143,7 @@ def markdown(result: dict) -> str:
         "",
         "Written by `python benchmarks/lora.py`: the best of several times, taken in turn. In brackets the multiple of "
         "the transformer's own forward pass. "
-        f"{result['threads']} threads of a CPU; on a GPU this was not measured.",
+        f"{result['threads']} thread(s) of a CPU; on a GPU this was not measured.",
     ]
     for name, kinds in result["models"].items():
         bare = kinds["transformer alone"]["forward"]

@@ -123,8 +123,8 @@ class SurrogateConfig(Settings):
         gt=0,
         le=1,
         description="Share of a group's trained samples that the surrogate learns from: those with the highest and "
-        "lowest scores, at least two; default: all (paper). Half of them take a quarter less time, and lower the score "
-        "of longer runs (docs/notes).",
+        "lowest scores, at least two; default: all (paper). Half of them takes less time, and lowers the score of "
+        "longer runs (docs/notes).",
     )
     measured_groups: int = Field(
         2, ge=0, description="Fresh groups per iteration on which phi is measured first; default: ours."

@@ -93,7 +93,8 @@ class ModelConfig(Settings):
         "auto",
         description="Recompute activations in the backward pass instead of keeping them: slower, less memory. auto: "
         "where they do not fit into a GPU's free memory by the estimate of --dry-run, with model.shard, and where no "
-        "estimate is known. Rewards that start later on the same GPU (scoring.workers) are not counted: true then.",
+        "estimate is known. Rewards that start later on the same GPU (scoring.workers) are not counted: true then. "
+        "Default: ours.",
     )
     offload: bool = Field(
         False, description="Keep text encoders and autoencoder in main memory while they are not used."
